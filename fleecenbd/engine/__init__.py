@@ -1,0 +1,1 @@
+"""What fleecing means (docs/semantics.md): no sockets, no files, no wire."""

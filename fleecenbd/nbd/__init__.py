@@ -1,0 +1,1 @@
+"""The NBD protocol, sans-IO: bytes in, bytes and events out."""

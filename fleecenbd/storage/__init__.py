@@ -1,0 +1,1 @@
+"""Block devices: one small interface, many kinds."""

@@ -1,0 +1,92 @@
+"""The block device interface: one vocabulary for active images, temp images and simulated disks.
+
+Names are nbdkit's (pread, pwrite, flush, trim, zero, extents), arguments are always
+``(offset, length)`` in bytes, errors are ``OSError`` with an errno.
+
+Now, or later
+    ``pread_now`` and ``pwrite_now`` do the call at once where that cannot block, and say so
+    by their answer (None, False) where it could. They are an optimisation only: a device that
+    always answers None and False is correct, and slow.
+
+Rules that every device keeps (tests/storage/test_contract.py)
+    * A read returns exactly ``length`` bytes, owned by the caller: ``bytes`` or ``bytearray``.
+    * ``data`` handed to a write belongs to the device until the call has ended.
+    * Calls may run at the same time and end in any order. Calls that overlap are the caller's
+      business.
+    * Cancelling an await does not stop the call: it goes on, and ``close`` waits for it.
+    * A failed write may leave anything in its range, and nothing outside it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeAlias
+
+Buffer: TypeAlias = bytes | bytearray
+"""What a read returns."""
+
+Data: TypeAlias = bytes | bytearray | memoryview
+"""What a write takes."""
+
+EXTENT_HOLE = 1
+"""The range holds no space (NBD_STATE_HOLE)."""
+EXTENT_ZERO = 2
+"""The range reads as zeroes (NBD_STATE_ZERO)."""
+
+Extent: TypeAlias = tuple[int, int]
+"""(length in bytes, EXTENT_* flags)."""
+
+
+class Device(Protocol):
+    """A block device of constant size."""
+
+    @property
+    def name(self) -> str:
+        """What to call the device in a message: a path or a URI."""
+
+    @property
+    def size(self) -> int:
+        """Bytes; constant while the device is open."""
+
+    @property
+    def hole_size(self) -> int:
+        """Bytes; a power of two. A ``trim`` of an aligned range of this size frees its space."""
+
+    def pread_now(self, offset: int, length: int) -> Buffer | None:
+        """Read now, or return None where that could block. Raises OSError."""
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """Read ``length`` bytes at ``offset``."""
+
+    def pwrite_now(self, offset: int, data: Data) -> bool:
+        """Write all of ``data`` now, or return False (nothing written) where that could block."""
+
+    async def pwrite(self, offset: int, data: Data) -> None:
+        """Write all of ``data`` at ``offset``."""
+
+    async def zero(
+        self, offset: int, length: int, *, may_trim: bool = True, fast: bool = False
+    ) -> None:
+        """Make the range read as zeroes.
+
+        ``may_trim``: its space may be freed. ``fast``: raise ENOTSUP, at once and with nothing
+        changed, where it would not be faster than writing zeroes.
+        """
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Free the range's space where the device can; the range then reads as zeroes.
+
+        Where the device cannot, nothing happens, and it is no error (a temp image's device
+        raises instead: its users count on the space).
+        """
+
+    async def flush(self) -> None:
+        """Return when everything whose write has ended is durable."""
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """What the range holds, in order, without a gap; lengths sum up to ``length``."""
+
+    def close(self) -> None:
+        """Take no more calls; close the file once the last call on it has ended."""
+
+    async def wait_closed(self) -> None:
+        """Return when the last call has ended and the file is closed."""
