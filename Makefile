@@ -1,0 +1,74 @@
+# fleecenbd: everything a contributor does, by name. `make` alone explains the targets.
+#
+# Setting up is a step of its own (`make venv`), because it alone needs the network and, where
+# packages are missing, root. Every other target does it first if it was not done yet.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+# Formatters of file systems live in sbin, which is not on everybody's path.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
+
+PYTHON := .venv/bin/python
+READY := .venv/.ready
+TOOLS := .venv/.tools
+
+SEEDS ?= 200
+RUNS ?= 20
+
+.PHONY: help venv tools demo test lint format simulate interop stress bench-quick coverage clean
+
+help:  ## this text
+	@echo "fleecenbd - make targets:"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  SEEDS=N SEED=n RUNS=N   as above; DEMO='--size 64M' hands options to the demo"
+	@echo "  PYTEST='-k trim -x'     hands options to pytest (test, interop)"
+
+venv: $(READY)  ## set up only: missing packages (root or sudo), then .venv; runs once
+
+$(READY): pyproject.toml scripts/setup.sh
+	@sh scripts/setup.sh base
+	@touch $@
+
+tools: $(TOOLS)  ## set up what tests and benchmarks need besides: fio, QEMU's tools, nbdkit
+
+$(TOOLS): $(READY) scripts/setup.sh
+	@sh scripts/setup.sh tools
+	@touch $@
+
+demo: $(READY)  ## back up a disk while it is being overwritten, with and without TRIM
+	$(PYTHON) examples/demo.py $(DEMO)
+
+test: lint $(TOOLS)  ## everything that must pass: lint, unit tests, simulation, interop, examples
+	$(PYTHON) -m pytest $(PYTEST)
+
+lint: $(READY)  ## ruff format (check only), ruff, mypy --strict
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+format: $(READY)  ## let ruff format the code and sort the imports
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+simulate: $(READY)  ## seeded runs of the engine against its checkers: SEEDS=N, or one SEED=n with a trace
+	$(PYTHON) -m tests.simulation $(if $(SEED),--seed $(SEED) --trace,--seeds $(SEEDS))
+
+interop: $(TOOLS)  ## only the tests with other people's NBD clients
+	$(PYTHON) -m pytest tests/interop $(PYTEST)
+
+stress: $(TOOLS)  ## fio with verify, two pulls, a trimmer and a killed client: RUNS=N
+	$(PYTHON) tests/e2e/stress.py --runs $(RUNS)
+
+bench-quick: $(TOOLS)  ## a short paired run against qemu-storage-daemon
+	$(PYTHON) benchmarks/quick.py
+
+coverage: $(TOOLS)  ## the unit tests with branch coverage
+	$(PYTHON) -m coverage run -m pytest --ignore=tests/e2e --ignore=tests/interop
+	$(PYTHON) -m coverage report --skip-covered --show-missing
+
+clean:  ## remove .venv and everything that tools leave behind
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* htmlcov build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
