@@ -1,0 +1,63 @@
+"""fio's nbd engine on the guest export, and nbdkit's nbd plugin in front of both exports."""
+
+import json
+from pathlib import Path
+
+from tests.disks import MIB, first_difference
+from tests.interop.conftest import Fleeced, connected
+from tests.serving import run
+
+
+def test_fio_verifies_what_it_wrote_and_the_backup_is_untouched(
+    fleeced: Fleeced, tmp_path: Path
+) -> None:
+    report = json.loads(
+        run(
+            *("fio", "--name=guest", "--ioengine=nbd", f"--uri={fleeced.guest}", "--rw=randwrite"),
+            *("--bs=4k", f"--size={8 * MIB}", "--iodepth=32", "--verify=crc32c", "--do_verify=1"),
+            *("--verify_fatal=1", "--output-format=json", f"--aux-path={tmp_path}"),
+        )
+    )
+    job = report["jobs"][0]
+    assert job["error"] == 0
+    assert job["write"]["total_ios"] == 8 * MIB // 4096
+    assert job["read"]["total_ios"] == 8 * MIB // 4096
+    run("nbdcopy", fleeced.backup, tmp_path / "backup.raw")
+    assert first_difference(fleeced.before, tmp_path / "backup.raw") is None
+
+
+def test_fio_mixes_reads_writes_and_trims(fleeced: Fleeced, tmp_path: Path) -> None:
+    for pattern in ("randrw", "randtrim"):
+        report = json.loads(
+            run(
+                *("fio", "--name=guest", "--ioengine=nbd", f"--uri={fleeced.guest}"),
+                *(f"--rw={pattern}", "--bsrange=512-64k", f"--size={8 * MIB}", "--iodepth=16"),
+                *("--output-format=json", f"--aux-path={tmp_path}"),
+            )
+        )
+        assert report["jobs"][0]["error"] == 0, pattern
+    run("nbdcopy", fleeced.backup, tmp_path / "backup.raw")
+    assert first_difference(fleeced.before, tmp_path / "backup.raw") is None
+
+
+def test_nbdkit_in_front_hands_the_backup_on(fleeced: Fleeced, tmp_path: Path) -> None:
+    target = tmp_path / "backup.raw"
+    run("nbdkit", "-U", "-", "nbd", fleeced.backup, "--run", f'nbdcopy "$uri" {target}')
+    assert first_difference(fleeced.before, target) is None
+
+
+def test_nbdkit_in_front_hands_a_trim_on(fleeced: Fleeced) -> None:
+    command = f'nbdsh -u "$uri" -c "h.trim({MIB}, {MIB})"'
+    run("nbdkit", "-U", "-", "nbd", fleeced.backup, "--run", command)
+    with connected(fleeced.backup, lambda h: h.add_meta_context("x-fleecenbd:access")) as backup:
+        found: list[list[int]] = []
+        backup.block_status(
+            MIB, MIB, lambda _name, _offset, entries, _error: found.append(entries) or 0
+        )
+    assert found == [[MIB, 0]]
+
+
+def test_nbdkit_in_front_lets_a_guest_write(fleeced: Fleeced) -> None:
+    command = 'qemu-io -f raw -c "write -P 0x5a 1M 1M" -c "read -P 0x5a 1M 1M" "$uri"'
+    run("nbdkit", "-U", "-", "nbd", fleeced.guest, "--run", command)
+    assert fleeced.disk.read_bytes()[MIB : 2 * MIB] == b"\x5a" * MIB
