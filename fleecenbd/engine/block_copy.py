@@ -1,0 +1,316 @@
+"""Copies dirty runs from the active image to the temp image, and gives temp space back.
+
+    claim     in one step: clear the run's copy bits, register a copy in flight
+    run       read the active image; in the step that starts a temp write leave out what lost
+              ``access``; write data as data, zeroes as zeroes that use no space
+    end       in one step: where ``access`` is still set: ``done``, or ``copy`` again if it failed
+    release   clear the bits in one step, wait for the temp calls in flight there, punch
+
+A copy runs by itself, in a task of this object, and nobody waits for it but by range. It is never
+cancelled from outside: its device call goes on whatever happens, and its clusters stay its own
+until the call has ended. A copy whose clusters have all lost ``access`` simply ends at its next
+step.
+
+Copies have slots of their own (``COPIES_MAX`` of at most ``COPY_LENGTH_MAX`` bytes each), which no
+guest write holds. A copy that waits for a slot has no task yet, so a hung temp image cannot pile
+up tasks behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections import deque
+
+from fleecenbd.engine.reqlist import RangeRequest
+from fleecenbd.engine.state import CLUSTER_SIZE_MIN, Copy, FleeceState
+from fleecenbd.storage.device import Buffer
+
+logger = logging.getLogger(__name__)
+
+COPY_LENGTH_MAX = 1 << 20
+"""Bytes. Neighbouring clusters are copied in one go up to this."""
+COPIES_MAX = 16
+"""Copies of one fleece that hold a buffer at the same time."""
+
+ZEROES = bytes(COPY_LENGTH_MAX)
+
+
+class BlockCopy:
+    """The copies of one fleece."""
+
+    def __init__(self, state: FleeceState) -> None:
+        self._state = state
+        self._claim_clusters_max = max(1, COPY_LENGTH_MAX >> state.shift)
+        self._queued: deque[Copy] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- claim and run ---------------------------------------------------------------------
+
+    def claim(self, first: int, end: int) -> list[Copy]:
+        """Claim every run of ``[first, end)`` whose copy bit is set; the copies start at once."""
+        state = self._state
+        bits = state.copy.bits
+        claimed = []
+        while (first := bits.find(1, first, end)) >= 0:
+            stop = bits.find(0, first, end)
+            if stop < 0:
+                stop = end
+            stop = min(stop, first + self._claim_clusters_max)
+            bits[first:stop] = 0
+            copy = state.copies.add(Copy(first, stop))
+            state.stats.copies_started += 1
+            claimed.append(copy)
+            self._queued.append(copy)
+            first = stop
+        if claimed:
+            self._start_queued()
+        return claimed
+
+    def copy_now(self, first: int, end: int) -> bool:
+        """Copy every dirty run of ``[first, end)`` in this very step, where no call can block.
+
+        False: something is left to copy, and nothing was claimed; ``claim`` does it. Errors are
+        left for it too: it meets them again, and they have one owner.
+        """
+        state = self._state
+        bits = state.copy.bits
+        shift = state.shift
+        while (first := bits.find(1, first, end)) >= 0:
+            stop = bits.find(0, first, end)
+            if stop < 0:
+                stop = end
+            if stop - first > self._claim_clusters_max:
+                return False
+            offset = first << shift
+            length = (stop << shift) - offset
+            if offset + length > state.size:
+                length = state.size - offset
+            try:
+                data = state.source.pread_now(offset, length)
+                if data is None:
+                    return False
+                if stop - first == 1:
+                    # The common case, a small write: no runs to tell apart.
+                    if data[0] or not _is_zero(data, 0, length):
+                        state.charge(first, stop)
+                        if not state.target.pwrite_now(offset, data):
+                            return False
+                    elif state.charged.bits[first]:
+                        return False
+                elif not self._write_runs_now(first, stop, data):
+                    return False
+            except OSError:
+                return False
+            bits[first:stop] = 0
+            state.done.bits[first:stop] = 1
+            stats = state.stats
+            stats.copies_started += 1
+            stats.copies_done += 1
+            stats.copied_bytes += length
+            first = stop
+        return True
+
+    def _write_runs_now(self, first: int, end: int, data: Buffer) -> bool:
+        state = self._state
+        base = first
+        while first < end:
+            stop, is_zero = self._alike(data, base, first, end)
+            if is_zero:
+                if state.charged.bits.find(1, first, stop) >= 0:
+                    return False
+            else:
+                state.charge(first, stop)
+                offset = (first - base) << state.shift
+                piece = memoryview(data)[offset : (stop - base) << state.shift]
+                if not state.target.pwrite_now(first << state.shift, piece):
+                    return False
+            first = stop
+        return True
+
+    def _alike(self, data: Buffer, base: int, first: int, end: int) -> tuple[int, bool]:
+        """(end of the run at ``first`` of clusters that are all zero or all not, zero or not).
+
+        ``data`` begins at cluster ``base``.
+        """
+        shift = self._state.shift
+        kind: bool | None = None
+        while first < end:
+            start = (first - base) << shift
+            length = min(1 << shift, len(data) - start)
+            is_zero = not data[start] and _is_zero(data, start, length)
+            if kind is None:
+                kind = is_zero
+            elif kind != is_zero:
+                break
+            first += 1
+        return first, bool(kind)
+
+    def _start_queued(self) -> None:
+        access = self._state.access.bits
+        while self._queued and len(self._tasks) < COPIES_MAX:
+            copy = self._queued.popleft()
+            if access.find(1, copy.first, copy.end) < 0:
+                self._end(copy, None)
+                continue
+            task = asyncio.get_running_loop().create_task(
+                self._run(copy), name=f"copy {self._state.name} {copy.first}-{copy.end}"
+            )
+            self._tasks.add(task)
+            task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._start_queued()
+
+    async def _run(self, copy: Copy) -> None:
+        error: OSError | None = None
+        try:
+            await self._copy(copy)
+        except OSError as caught:
+            error = caught
+        except Exception as caught:
+            # Our own fault: this session breaks, no guest does.
+            logger.exception("%s: copying clusters %s failed", self._state.name, copy)
+            error = OSError(errno.EIO, f"internal error: {caught!r}")
+            self._state.break_session(f"internal error: {caught!r}")
+        finally:
+            self._end(copy, error)
+
+    async def _copy(self, copy: Copy) -> None:
+        state = self._state
+        shift = state.shift
+        offset, length = state.access.bytes_of(copy.first, copy.end)
+        data = state.source.pread_now(offset, length)
+        if data is None:
+            data = await state.source.pread(offset, length)
+        view = memoryview(data)
+        access = state.access.bits
+        first = copy.first
+        # Each round is one step up to its await: what lost access until now is left out.
+        while (first := access.find(1, first, copy.end)) >= 0:
+            stop = access.find(0, first, copy.end)
+            if stop < 0:
+                stop = copy.end
+            stop, is_zero = self._alike(data, copy.first, first, stop)
+            start = first << shift
+            run_length = min(stop << shift, state.size) - start
+            if not is_zero:
+                state.charge(first, stop)
+                piece = view[start - offset : start - offset + run_length]
+                if not state.target.pwrite_now(start, piece):
+                    await self._temp_write(first, stop, piece)
+            elif state.charged.bits.find(1, first, stop) >= 0:
+                # An earlier, failed write may have left anything here.
+                await self._temp_write(first, stop, None)
+            first = stop
+
+    async def _temp_write(self, first: int, end: int, data: memoryview | None) -> None:
+        """Write ``data``, or zeroes, to the clusters of the temp image; TRIM can wait for it."""
+        state = self._state
+        request = state.temp_writes.add(RangeRequest(first, end))
+        offset = first << state.shift
+        try:
+            if data is None:
+                await state.target.zero(offset, (end << state.shift) - offset)
+            else:
+                await state.target.pwrite(offset, data)
+        finally:
+            state.temp_writes.remove(request)
+            state.trims.wake(first, end)
+
+    def _end(self, copy: Copy, error: OSError | None) -> None:
+        """In one step: the copy is no longer in flight, and its clusters get their state."""
+        state = self._state
+        state.copies.remove(copy)
+        access = state.access.bits
+        bits = state.done.bits if error is None else state.copy.bits
+        stats = state.stats
+        live = access[copy.first : copy.end]
+        count = live.count()
+        if count:
+            bits[copy.first : copy.end] |= live
+            if error is None:
+                stats.copies_done += 1
+                stats.copied_bytes += count << state.shift
+            else:
+                stats.copies_failed += 1
+                copy.error = error
+        state.guests.wake(copy.first, copy.end)
+
+    # -- release ---------------------------------------------------------------------------
+
+    def release_now(self, first: int, end: int) -> bool:
+        """TRIM in one step, where nothing is left to wait for or to punch.
+
+        False: nothing was done. The session must be alive.
+        """
+        state = self._state
+        if (
+            state.charged.bits.find(1, first, end) >= 0
+            or (state.temp_writes and state.temp_writes.overlapping(first, end))
+            or (state.temp_reads and state.temp_reads.overlapping(first, end))
+            or (state.releases and state.releases.overlapping(first, end))
+        ):
+            return False
+        state.stats.guest_released_by_trim += state.release(first, end)
+        return True
+
+    async def release(self, first: int, end: int) -> None:
+        """TRIM: release the clusters, wait for the temp calls in flight there, free the space.
+
+        Raises OSError: EIO when the punch failed (the range stays released), the session's own
+        error when a break or ``finish`` overtook it.
+        """
+        state = self._state
+        state.stats.guest_released_by_trim += state.release(first, end)
+        # No new temp call can begin here: each needs access. So it is enough to wait for these.
+        in_flight: list[RangeRequest] = [
+            *state.temp_writes.overlapping(first, end),
+            *state.temp_reads.overlapping(first, end),
+            *state.releases.overlapping(first, end),
+        ]
+        request = state.releases.add(RangeRequest(first, end))
+        try:
+            while any(not other.ended for other in in_flight):
+                await state.trims.wait(first, end)
+                if state.dead:
+                    raise state.death()
+            charged = state.charged.bits
+            if (low := charged.find(1, first, end)) >= 0:
+                high = charged.find(1, first, end, right=True) + 1
+                try:
+                    await state.target.trim(low << state.shift, (high - low) << state.shift)
+                except OSError as error:
+                    if state.dead:
+                        raise state.death() from error
+                    raise OSError(
+                        errno.EIO, f"{state.name}: temp space could not be freed: {error.strerror}"
+                    ) from error
+                state.uncharge(low, high)
+                if state.dead:
+                    raise state.death()
+        finally:
+            state.releases.remove(request)
+            state.trims.wake(first, end)
+
+    async def drained(self) -> None:
+        """Return when no copy runs any more (a hung device call may keep it for ever)."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+
+_4K = ZEROES[:CLUSTER_SIZE_MIN]
+
+
+def _is_zero(data: Buffer, start: int, length: int) -> bool:
+    """Are these bytes all zero? ``length`` at most a cluster; compares without copying ``data``."""
+    while length > 0:
+        step = min(length, COPY_LENGTH_MAX)
+        zeroes = _4K if step == CLUSTER_SIZE_MIN else ZEROES[:step]
+        if not data.startswith(zeroes, start):
+            return False
+        start += step
+        length -= step
+    return True

@@ -1,0 +1,202 @@
+"""A disk: an active image, its guests' requests, and the fleeces that these go through.
+
+A guest's write in steps:
+
+    1  go through every fleece's copy-before-write            (all at the same time)
+    2  look once more: held, it waits; a fleece installed since, it goes through that one first
+    3  in the same step: start the active write
+
+Arming holds new active writes and waits for those in flight, so that a session begins between
+two active writes. A write that waits in some copy-before-write has not touched the active image
+and holds nothing up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fleecenbd.engine.bitmap import cluster_runs
+from fleecenbd.engine.fleece import Fleece
+from fleecenbd.engine.reqlist import Waiters
+from fleecenbd.storage.device import Buffer, Data, Device, Extent
+
+WRITE_NOW_LENGTH_MAX = 1 << 20
+"""Bytes. A longer write would keep the loop from everybody else: it goes to the pool."""
+PIECE_LENGTH_MAX = 32 << 20
+"""Bytes of a guest's TRIM or WRITE_ZEROES that are made ready under one timer."""
+
+
+class Disk:
+    """A name, an active image, and the fleeces of the sessions that it is in."""
+
+    def __init__(self, name: str, device: Device) -> None:
+        self.name = name
+        self.device = device
+        self.size = device.size
+        self.fleeces: list[Fleece] = []
+        self.active_writes = 0
+        """Guest requests that are changing the active image now."""
+        self.writes = 0
+        """Guest requests that changed the active image since the start."""
+        self._holds = 0
+        self._held = Waiters()
+        self._idle = Waiters()
+        self.read_now: Callable[[int, int], Buffer | None] = device.pread_now
+        self.read: Callable[[int, int], Coroutine[Any, Any, Buffer]] = device.pread
+
+    # -- guest requests --------------------------------------------------------------------
+
+    def write_now(self, offset: int, data: Data) -> bool:
+        """Write in this very step. False: nothing was written, and ``write`` must do it."""
+        length = len(data)
+        if self._holds or length > WRITE_NOW_LENGTH_MAX:
+            return False
+        for fleece in self.fleeces:
+            shift = fleece.state.shift
+            if not fleece.copy_before_write.ready_now(
+                offset >> shift, ((offset + length - 1) >> shift) + 1
+            ):
+                return False
+        if self.device.pwrite_now(offset, data):
+            self.writes += 1
+            return True
+        return False
+
+    async def write(self, offset: int, data: Data) -> None:
+        """Write once no fleece needs the old data. Raises OSError.
+
+        Cancelling it before the active write has started writes nothing; afterwards the write
+        goes on (as every device call), and must be awaited by nobody.
+        """
+        await self._before_write([(offset, len(data))])
+        await self._active(self.device.pwrite(offset, data))
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_trim: bool = True, fast: bool = False
+    ) -> None:
+        """As ``write`` of zeroes. ``fast``: ENOTSUP at once where old data must be copied first.
+
+        Made ready in pieces, each with its own timer, and written in one call: a request that
+        fails for a session's sake has changed no byte.
+        """
+        if fast and self._must_copy(offset, length):
+            raise OSError(errno.ENOTSUP, f"{self.name}: old data must be copied first")
+        await self._before_write(_pieces(offset, length))
+        await self._active(self.device.zero(offset, length, may_trim=may_trim, fast=fast))
+
+    async def trim(self, offset: int, length: int) -> None:
+        """A guest's discard, a hint: leaves alone what would have to be copied first."""
+        for start, run in self._trimmable(offset, length):
+            await self._before_write(_pieces(start, run))
+            await self._active(self.device.trim(start, run))
+
+    async def flush(self) -> None:
+        """Return when every write that was replied to is durable."""
+        await self.device.flush()
+
+    async def status(self, offset: int, length: int) -> list[Extent]:
+        """base:allocation of the active image."""
+        return await self.device.extents(offset, length)
+
+    # -- before and around the active write ------------------------------------------------
+
+    async def _before_write(self, ranges: list[tuple[int, int]]) -> None:
+        """Return in the step in which the active write of these byte ranges may start."""
+        passed: set[Fleece] = set()
+        while True:
+            fleeces = [fleece for fleece in self.fleeces if fleece not in passed]
+            if len(fleeces) == 1:
+                await _ready(fleeces[0], ranges)
+            elif fleeces:
+                await _all_ready(fleeces, ranges)
+            elif self._holds:
+                await self._held.wait(0, 1)
+            else:
+                return
+            passed.update(fleeces)
+
+    async def _active(self, call: Coroutine[Any, Any, None]) -> None:
+        self.active_writes += 1
+        try:
+            await call
+            self.writes += 1
+        finally:
+            self.active_writes -= 1
+            if not self.active_writes:
+                self._idle.wake_all()
+
+    def _must_copy(self, offset: int, length: int) -> bool:
+        for fleece in self.fleeces:
+            state = fleece.state
+            first, end = state.copy.span(offset, length)
+            if state.copy.bits.find(1, first, end) >= 0 or state.copy_in_flight(first, end):
+                return True
+        return False
+
+    def _trimmable(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """The parts of the range that no fleece would have to copy first."""
+        ranges = [(offset, length)]
+        for fleece in self.fleeces:
+            state = fleece.state
+            free: list[tuple[int, int]] = []
+            for start, run in ranges:
+                stop = start + run
+                first, end = state.copy.span(start, run)
+                kept = ~state.access.bits[first:end] | state.done.bits[first:end]
+                for low, high in cluster_runs(kept, 0, end - first):
+                    low_byte = max(start, (first + low) << state.shift)
+                    free.append((low_byte, min(stop, (first + high) << state.shift) - low_byte))
+            ranges = free
+        return ranges
+
+    # -- arming ----------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Start no active write until ``release_hold``; holds count."""
+        self._holds += 1
+
+    def release_hold(self) -> None:
+        self._holds -= 1
+        if not self._holds:
+            self._held.wake_all()
+
+    async def wait_idle(self, deadline: float) -> bool:
+        """Return True when no active write is in flight, False when ``deadline`` passed."""
+        loop = asyncio.get_running_loop()
+        while self.active_writes:
+            if loop.time() >= deadline:
+                return False
+            await self._idle.wait(0, 1, deadline)
+        return True
+
+
+def _pieces(offset: int, length: int) -> list[tuple[int, int]]:
+    stop = offset + length
+    return [
+        (start, min(PIECE_LENGTH_MAX, stop - start))
+        for start in range(offset, stop, PIECE_LENGTH_MAX)
+    ]
+
+
+async def _ready(fleece: Fleece, ranges: list[tuple[int, int]]) -> None:
+    for offset, length in ranges:
+        await fleece.copy_before_write.ready(*fleece.access.span(offset, length))
+
+
+async def _all_ready(fleeces: list[Fleece], ranges: list[tuple[int, int]]) -> None:
+    """Every fleece at the same time; the first failure is the request's."""
+    loop = asyncio.get_running_loop()
+    tasks = [
+        loop.create_task(_ready(fleece, ranges), name=f"cbw {fleece.name}") for fleece in fleeces
+    ]
+    try:
+        for done in asyncio.as_completed(tasks):
+            await done
+    finally:
+        # What is left only waits (the copies run by themselves), so cancelling it is safe.
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,375 @@
+"""The backup's side of a fleece: read, block status, TRIM.
+
+A read splits its range into runs. Each run begins in one step: look at ``access`` and ``done``,
+register (a frozen read of the active image, or a temp read), start the device call. Between that
+and its end nothing else is awaited.
+
+    done clear   frozen read  ──▶ active image       guests wait for it
+    done set     temp read    ──▶ temp image         TRIM waits for it
+
+When all data is in memory, and in the step in which ``read`` returns, it looks once more: broken,
+finished, any cluster of the request without ``access``. A guest write does not wait for a frozen
+read that lost ``access``, so this last look is what keeps wrong data from a client: nothing may be
+awaited between it and the queueing of the reply.
+
+BLOCK_STATUS never asks the temp image: where ``charged`` is clear it holds nothing, and elsewhere
+"data" is the safe answer. The active image is asked under freeze, a window at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+from bitarray import bitarray
+
+from fleecenbd.engine.block_copy import BlockCopy
+from fleecenbd.engine.parts import PartTable
+from fleecenbd.engine.reqlist import RangeRequest
+from fleecenbd.engine.state import FleeceState, FrozenRead
+from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO, Buffer, Extent
+
+READ_NOW_LENGTH_MAX = 1 << 20
+"""Bytes. A longer read would keep the loop from everybody else: it goes to the pool."""
+STATUS_WINDOW = 128 << 20
+"""Bytes that one call of the active image's extents is asked for at first."""
+STATUS_WINDOW_MAX = 4 << 30
+STATUS_EXTENTS_MAX = 16 << 10
+"""A status reply ends after the window in which it passed this many extents."""
+
+ACCESS_READABLE = 1
+"""x-fleecenbd:access: the range may still be read."""
+ACCESS_IN_TEMP = 2
+"""x-fleecenbd:access: the range is held in the temp image."""
+
+_DATA = 0
+_ZERO = EXTENT_HOLE | EXTENT_ZERO
+
+
+class SnapshotAccess:
+    """What a backup client can do with a fleece."""
+
+    def __init__(self, state: FleeceState, block_copy: BlockCopy) -> None:
+        self._state = state
+        self._block_copy = block_copy
+        self._parts = PartTable()
+
+    # -- read ------------------------------------------------------------------------------
+
+    def read_now(self, offset: int, length: int) -> Buffer | None:
+        """The data as of arming, or None where a device call could block; errors as ``read``."""
+        state = self._state
+        if state.dead:
+            raise state.death()
+        shift = state.shift
+        first = offset >> shift
+        end = ((offset + length - 1) >> shift) + 1
+        if state.access.bits.find(0, first, end) >= 0:
+            raise self._denied(first, end)
+        if length > READ_NOW_LENGTH_MAX:
+            return None
+        done = state.done.bits
+        if done.find(1, first, end) < 0:
+            return state.source.pread_now(offset, length)
+        if done.find(0, first, end) < 0:
+            return state.target.pread_now(offset, length)
+        parts = []
+        stop = offset + length
+        while first < end:
+            bit = done[first]
+            first = done.find(not bit, first, end)
+            if first < 0:
+                first = end
+            run_stop = min(first << shift, stop)
+            device = state.target if bit else state.source
+            data = device.pread_now(offset, run_stop - offset)
+            if data is None:
+                return None
+            parts.append(data)
+            offset = run_stop
+        return b"".join(parts)
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """The data as of arming.
+
+        Raises OSError: EIO with the cause when the session broke, ESHUTDOWN when it finished,
+        EINVAL when a part of the range may not be read, and what the devices raise.
+        """
+        state = self._state
+        shift = state.shift
+        first = offset >> shift
+        end = ((offset + length - 1) >> shift) + 1
+        stop = offset + length
+        parts: list[Buffer] = []
+        while True:
+            # One step: the look at access and done, the freeze, and the start of the call.
+            self._look(first, end)
+            if offset >= stop:
+                break
+            run_first = offset >> shift
+            bit = state.done.bits[run_first]
+            run_end = state.done.bits.find(not bit, run_first, end)
+            if run_end < 0:
+                run_end = end
+            run_stop = min(run_end << shift, stop)
+            if bit:
+                parts.append(await self._temp_read(run_first, run_end, offset, run_stop - offset))
+            else:
+                parts.append(await self._frozen_read(run_first, run_end, offset, run_stop - offset))
+            offset = run_stop
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _look(self, first: int, end: int) -> None:
+        state = self._state
+        if state.dead:
+            raise state.death()
+        if state.access.bits.find(0, first, end) >= 0:
+            raise self._denied(first, end)
+
+    async def _frozen_read(self, first: int, end: int, offset: int, length: int) -> Buffer:
+        state = self._state
+        data = state.source.pread_now(offset, length)
+        if data is not None:
+            return data
+        request = state.frozen_reads.add(FrozenRead(first, end))
+        try:
+            return await state.source.pread(offset, length)
+        finally:
+            state.frozen_reads.remove(request)
+            state.guests.wake(first, end)
+
+    async def _temp_read(self, first: int, end: int, offset: int, length: int) -> Buffer:
+        state = self._state
+        data = state.target.pread_now(offset, length)
+        if data is not None:
+            return data
+        request = state.temp_reads.add(RangeRequest(first, end))
+        try:
+            return await state.target.pread(offset, length)
+        finally:
+            state.temp_reads.remove(request)
+            state.trims.wake(first, end)
+
+    def _denied(self, first: int, end: int) -> OSError:
+        state = self._state
+        cluster = state.access.bits.find(0, first, end)
+        return OSError(
+            errno.EINVAL,
+            f"{state.name}: offset {cluster << state.shift} was released by a TRIM "
+            "and can no longer be read",
+        )
+
+    # -- block status ----------------------------------------------------------------------
+
+    async def status(self, offset: int, length: int, *, one: bool = False) -> list[Extent]:
+        """base:allocation of a range: extents from ``offset`` on, in order, without a gap.
+
+        They may cover less than ``length`` (at least one extent), never more. ``one``: only the
+        first extent is wanted. What may not be read counts as data: a client that believes the
+        map and reads there fails loudly. Raises OSError when broken or finished.
+        """
+        stop = offset + length
+        window = STATUS_WINDOW
+        extents: list[Extent] = []
+        while True:
+            window_stop = min(offset + window, stop)
+            if self._state.dead:
+                raise self._state.death()
+            for extent in await self._window_status(offset, window_stop - offset):
+                _append(extents, *extent)
+            offset = window_stop
+            if offset >= stop or len(extents) > STATUS_EXTENTS_MAX or (one and len(extents) > 1):
+                break
+            window = min(window * 2, STATUS_WINDOW_MAX)
+        return extents[:1] if one else extents
+
+    async def _window_status(self, offset: int, length: int) -> list[Extent]:
+        state = self._state
+        shift = state.shift
+        first = offset >> shift
+        end = ((offset + length - 1) >> shift) + 1
+        stop = offset + length
+        asked = state.access.bits[first:end] & ~state.done.bits[first:end]
+        low = asked.find(1)
+        source_extents: list[Extent] = []
+        source_offset = offset
+        if low >= 0:
+            # The span from the first to the last cluster asked about, in one call.
+            high = asked.find(1, right=True) + 1
+            source_offset = max(offset, (first + low) << shift)
+            source_stop = min(stop, (first + high) << shift)
+            request = state.frozen_reads.add(FrozenRead(first + low, first + high, asked[low:high]))
+            try:
+                source_extents = await state.source.extents(
+                    source_offset, source_stop - source_offset
+                )
+            finally:
+                state.frozen_reads.remove(request)
+                state.guests.wake(request.first, request.end)
+            if state.dead:
+                raise state.death()
+        # One step: what still has access was frozen until now, so its answer is that of arming.
+        live = state.access.bits[first:end]
+        empty_in_temp = live & ~asked & ~state.charged.bits[first:end]
+        asked &= live
+        extents: list[Extent] = []
+        cursor = _ExtentCursor(source_offset, source_extents)
+        for run_first, run_end, bit in _bit_runs(asked):
+            start = max(offset, (first + run_first) << shift)
+            run_stop = min(stop, (first + run_end) << shift)
+            if bit:
+                for extent in cursor.cut(start, run_stop):
+                    _append(extents, *extent)
+                continue
+            for part_first, part_end, empty in _bit_runs(empty_in_temp, run_first, run_end):
+                part_start = max(offset, (first + part_first) << shift)
+                part_stop = min(stop, (first + part_end) << shift)
+                _append(extents, part_stop - part_start, _ZERO if empty else _DATA)
+        return extents
+
+    def access_status(self, offset: int, length: int) -> list[Extent]:
+        """x-fleecenbd:access of a range, as it is in this step: (length, ACCESS_* bits) runs.
+
+        They may cover less than ``length``, as those of ``status``.
+        """
+        state = self._state
+        if state.dead:
+            raise state.death()
+        extents: list[Extent] = []
+        for start, run, readable in state.access.runs(offset, length):
+            if not readable:
+                _append(extents, run, 0)
+                continue
+            for _, part, in_temp in state.done.runs(start, run):
+                _append(extents, part, ACCESS_READABLE | (ACCESS_IN_TEMP if in_temp else 0))
+                if len(extents) > STATUS_EXTENTS_MAX:
+                    return extents
+        return extents
+
+    # -- TRIM ------------------------------------------------------------------------------
+
+    def trim_now(self, offset: int, length: int) -> bool:
+        """TRIM in one step, where nothing has to be waited for. False: ``trim`` must do it."""
+        state = self._state
+        if state.dead:
+            raise state.death()
+        shift = state.shift
+        mask = (1 << shift) - 1
+        stop = offset + length
+        if offset & mask or (stop & mask and stop != state.size):
+            return False
+        first, end = offset >> shift, (stop + mask) >> shift
+        if not self._block_copy.release_now(first, end):
+            return False
+        self._count(first, end)
+        return True
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Release every cluster that the range covers whole, and free its temp space.
+
+        A cluster counts as covered from its start to its end, or to the end of the disk; parts
+        add up over requests. Guest writes that wait there go on in this very step. Raises
+        OSError: EIO, ESHUTDOWN.
+        """
+        state = self._state
+        if state.dead:
+            raise state.death()
+        first, end = self._covered(offset, offset + length)
+        if first >= end:
+            return
+        self._count(first, end)
+        await self._block_copy.release(first, end)
+
+    def _count(self, first: int, end: int) -> None:
+        state = self._state
+        state.stats.trims += 1
+        if (state.frozen_reads and state.frozen_reads.overlapping(first, end)) or (
+            state.temp_reads and state.temp_reads.overlapping(first, end)
+        ):
+            state.stats.trims_during_reads += 1
+        self._parts.forget(first, end)
+
+    def _covered(self, offset: int, stop: int) -> tuple[int, int]:
+        """The clusters that ``[offset, stop)``, with the parts known so far, covers whole."""
+        state = self._state
+        shift = state.shift
+        first = offset >> shift
+        end = ((stop - 1) >> shift) + 1
+        tail = end - 1
+        tail_start = tail << shift
+        tail_length = min(1 << shift, state.size - tail_start)
+        head_start = first << shift
+        if first == tail:
+            if (offset, stop) == (tail_start, tail_start + tail_length):
+                return first, end
+            if self._part(first, offset - head_start, stop - head_start, tail_length):
+                return first, end
+            return first, first
+        if stop != tail_start + tail_length and not self._part(
+            tail, 0, stop - tail_start, tail_length
+        ):
+            end = tail
+        if offset != head_start and not self._part(
+            first, offset - head_start, 1 << shift, 1 << shift
+        ):
+            first += 1
+        return first, end
+
+    def _part(self, cluster: int, start: int, end: int, whole: int) -> bool:
+        state = self._state
+        if not state.access.bits[cluster]:
+            return False
+        state.stats.part_trims += 1
+        return self._parts.add(cluster, start, end, whole)
+
+
+def _append(extents: list[Extent], length: int, flags: int) -> None:
+    """Add an extent, merged with the last one where the flags are the same."""
+    if length <= 0:
+        return
+    if extents and extents[-1][1] == flags:
+        extents[-1] = (extents[-1][0] + length, flags)
+    else:
+        extents.append((length, flags))
+
+
+def _bit_runs(
+    bits: bitarray, first: int = 0, end: int | None = None
+) -> Iterator[tuple[int, int, bool]]:
+    """(first, end, bit) of each run of equal bits in ``bits[first:end]``."""
+    if end is None:
+        end = len(bits)
+    while first < end:
+        bit = bits[first]
+        stop = bits.find(not bit, first, end)
+        if stop < 0:
+            stop = end
+        yield first, stop, bool(bit)
+        first = stop
+
+
+class _ExtentCursor:
+    """Cuts pieces, in rising order, out of a device's extents that begin at ``offset``."""
+
+    def __init__(self, offset: int, extents: list[Extent]) -> None:
+        self._position = offset
+        self._extents = iter(extents)
+        self._left = 0
+        self._flags = _DATA
+
+    def cut(self, start: int, stop: int) -> Iterator[Extent]:
+        """The extents of ``[start, stop)``."""
+        while start < stop:
+            if self._left == 0:
+                self._left, self._flags = next(self._extents)
+                continue
+            if self._position < start:
+                skip = min(self._left, start - self._position)
+                self._position += skip
+                self._left -= skip
+                continue
+            length = min(self._left, stop - start)
+            yield length, self._flags
+            start += length
+            self._position += length
+            self._left -= length
