@@ -1,0 +1,27 @@
+"""The errors that several devices raise, each with the device's name and what went wrong."""
+
+from __future__ import annotations
+
+import errno
+
+
+def closed_error(name: str) -> OSError:
+    """A call on a device after its close()."""
+    return OSError(errno.EBADF, "the device was closed", name)
+
+
+def shrank_error(name: str, offset: int) -> OSError:
+    """The image ended inside the size that it had when it was opened."""
+    return OSError(
+        errno.EIO, f"the image shrank while it was open: nothing to read at offset {offset}", name
+    )
+
+
+def read_only_error(name: str) -> OSError:
+    """A write to a device that was opened for reading only."""
+    return OSError(errno.EPERM, "the device was opened read-only", name)
+
+
+def slow_zero_error(name: str) -> OSError:
+    """A fast zero that would not be faster than writing zeroes."""
+    return OSError(errno.ENOTSUP, "zeroing would not be faster than writing zeroes", name)

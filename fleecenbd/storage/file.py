@@ -1,0 +1,341 @@
+"""FileDevice: a raw image in a regular file or on a block device, through the page cache.
+
+Inline or in the pool (performance.md, "now, or later")
+    ===============  ==========================  ===========================================
+    medium           ``pread_now``               ``pwrite_now``
+    ===============  ==========================  ===========================================
+    MEMORY           pread                       pwrite
+    CACHED           preadv with RWF_NOWAIT      pwrite, while the page cache takes it fast
+    UNCACHED_READS   None                        the same, whole pages only
+    SLOW             None                        False
+    ===============  ==========================  ===========================================
+    The medium (filesystem.py) is found out once, at open; ``pread_now`` and ``pwrite_now`` are
+    then the bound method that fits. fdatasync, fallocate and lseek's SEEK_DATA always go to
+    the pool.
+
+Writes that stay fast
+    The page cache takes a write in microseconds, until the kernel throttles those who dirty it
+    (balance_dirty_pages): then one write sleeps for up to 0.2 s, and there is no way to ask
+    beforehand. So every write is measured. One that took ``WRITE_SLOW_S`` sends the next ones
+    to the pool for ``WRITE_PAUSE_FACTOR`` times as long as it took, which bounds the share of
+    the loop's time that throttling can take; and writes are measured in the pool too, where
+    being slow stalls nobody, so that the loop tries again only when they are fast there.
+    A write of part of a page may have to read the page first: it is made inline only where the
+    page is in the cache.
+
+The descriptor
+    ``close`` takes it away from the inline calls at once; it is closed, in a thread, when the
+    last call in the pool has ended. Its locks go with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+from time import monotonic
+from typing import Any, Protocol
+
+from fleecenbd.storage import system_calls
+from fleecenbd.storage.device import Buffer, Data, Extent
+from fleecenbd.storage.errors import closed_error, read_only_error
+from fleecenbd.storage.filesystem import Medium, hole_size_of, medium_of
+from fleecenbd.storage.locks import LockMode, lock_image
+from fleecenbd.storage.pool import SIZE_MAX, ThreadPool
+from fleecenbd.storage.space import Space
+
+NOW_LENGTH_MAX = 1 << 20
+"""Bytes: longer reads and writes go to the pool, for they would hold up the loop."""
+
+WRITE_SLOW_S = 0.005
+"""Seconds: a write that took as long was throttled, or waited for a disk."""
+
+WRITE_PAUSE_FACTOR = 20
+"""After a slow write, the pool takes the writes for this many times as long as it took."""
+
+_PAGE_MASK = os.sysconf("SC_PAGESIZE") - 1
+
+_UNCLEARED_LENGTH_MIN = 1 << 15
+"""Bytes: shorter buffers are cleared faster than asked for uncleared."""
+
+_preadv = os.preadv
+_pread = os.pread
+_pwrite = os.pwrite
+_RWF_NOWAIT = os.RWF_NOWAIT
+
+# bytearray(length) clears memory that the read then overwrites: a fifth of the time of a
+# 256 KiB read from the page cache. A buffer that was not filled whole is never handed out.
+_uncleared_buffer: Any = ctypes.pythonapi.PyByteArray_FromStringAndSize
+_uncleared_buffer.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t]
+_uncleared_buffer.restype = ctypes.py_object
+
+
+class ReadNow(Protocol):
+    """Device.pread_now, as an attribute."""
+
+    def __call__(self, offset: int, length: int) -> Buffer | None: ...
+
+
+class WriteNow(Protocol):
+    """Device.pwrite_now, as an attribute."""
+
+    def __call__(self, offset: int, data: Data) -> bool: ...
+
+
+class FileDevice:
+    """A raw image: a regular file or a block device."""
+
+    def __init__(
+        self,
+        descriptor: int,
+        name: str,
+        *,
+        size: int | None = None,
+        read_only: bool = False,
+        role: str = "active",
+        threads_max: int = SIZE_MAX,
+        medium: Medium | None = None,
+    ) -> None:
+        """Take over an open descriptor. ``open`` is the usual way here.
+
+        ``size``: the device's size where it is less than the file's. ``role`` names the pool.
+        ``medium``: what to believe about the file system instead of asking it.
+        """
+        self.name = name
+        self.size = system_calls.image_size(descriptor) if size is None else size
+        self.hole_size = hole_size_of(descriptor)
+        self.read_only = read_only
+        self.medium = medium_of(descriptor) if medium is None else medium
+        self._descriptor = descriptor
+        self._pool = ThreadPool(name, role, size_max=threads_max)
+        self._space = Space(descriptor, name)
+        self._flush_error: tuple[int | None, str | None] | None = None
+        self._write_inline_from = 0.0  # time of monotonic()
+
+        self.pread_now: ReadNow
+        self.pwrite_now: WriteNow
+        if self.medium is Medium.MEMORY:
+            self.pread_now = self._pread_memory
+            self.pwrite_now = self._pwrite_memory
+        elif self.medium is Medium.SLOW:
+            self.pread_now = self._pread_never
+            self.pwrite_now = self._pwrite_never
+        else:
+            cached = self.medium is Medium.CACHED
+            self.pread_now = self._pread_cached if cached else self._pread_never
+            self.pwrite_now = self._pwrite_cached
+        if read_only:
+            self.pwrite_now = self._pwrite_refused
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        lock: LockMode | None = None,
+        role: str = "active",
+        threads_max: int = SIZE_MAX,
+    ) -> FileDevice:
+        """Open and lock an image.
+
+        ``lock``: EXCLUSIVE by default, SHARED where ``read_only``. Does not look at the content
+        (probe.py does). Raises OSError; EBUSY where the image is in use. Blocks.
+        """
+        name = os.fspath(path)
+        # Opening a pipe or a tape would wait, so look first.
+        _check_kind(os.stat(name).st_mode, name)
+        descriptor = _open_without_atime(name, os.O_RDONLY if read_only else os.O_RDWR)
+        try:
+            _check_kind(os.fstat(descriptor).st_mode, name)
+            if lock is None:
+                lock = LockMode.SHARED if read_only else LockMode.EXCLUSIVE
+            lock_image(descriptor, name, lock)
+            return cls(descriptor, name, read_only=read_only, role=role, threads_max=threads_max)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    # Reads
+
+    def _pread_cached(self, offset: int, length: int) -> Buffer | None:
+        if length < _UNCLEARED_LENGTH_MIN:
+            buffer = bytearray(length)
+        elif length <= NOW_LENGTH_MAX:
+            buffer = _uncleared_buffer(None, length)
+        else:
+            return None
+        try:
+            if _preadv(self._descriptor, (buffer,), offset, _RWF_NOWAIT) == length:
+                return buffer
+        except BlockingIOError:
+            pass
+        return None
+
+    def _pread_memory(self, offset: int, length: int) -> Buffer | None:
+        if length > NOW_LENGTH_MAX:
+            return None
+        data = _pread(self._descriptor, length, offset)
+        return data if len(data) == length else None
+
+    def _pread_never(self, offset: int, length: int) -> Buffer | None:
+        return None
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """Read in the pool; EIO where the image became shorter than it was."""
+        return await self._pool.run(
+            system_calls.read_all, self._descriptor, offset, length, self.name
+        )
+
+    # Writes
+
+    def _pwrite_cached(self, offset: int, data: Data) -> bool:
+        length = len(data)
+        started = monotonic()
+        if started < self._write_inline_from or length > NOW_LENGTH_MAX:
+            return False
+        if (offset | length) & _PAGE_MASK and not self._edges_are_cached(offset, length):
+            return False
+        written = _pwrite(self._descriptor, data, offset)
+        ended = monotonic()
+        if ended - started > WRITE_SLOW_S:
+            self._write_inline_from = ended + (ended - started) * WRITE_PAUSE_FACTOR
+        if written != length:  # out of space, most likely: the next call says so
+            self._write_rest(offset, data, written)
+        return True
+
+    def _pwrite_memory(self, offset: int, data: Data) -> bool:
+        length = len(data)
+        if length > NOW_LENGTH_MAX:
+            return False
+        written = _pwrite(self._descriptor, data, offset)
+        if written != length:
+            self._write_rest(offset, data, written)
+        return True
+
+    def _pwrite_never(self, offset: int, data: Data) -> bool:
+        return False
+
+    def _pwrite_refused(self, offset: int, data: Data) -> bool:
+        raise read_only_error(self.name)
+
+    async def pwrite(self, offset: int, data: Data) -> None:
+        """Write in the pool."""
+        self._check_writable()
+        await self._pool.run(self._write_measured, self._descriptor, offset, data)
+
+    def _write_rest(self, offset: int, data: Data, written: int) -> None:
+        rest = memoryview(data)[written:]
+        system_calls.write_all(self._descriptor, offset + written, rest, self.name)
+
+    def _write_measured(self, descriptor: int, offset: int, data: Data) -> None:
+        """Run by a pool thread, which may set the time while the loop reads it: any is fine."""
+        started = monotonic()
+        system_calls.write_all(descriptor, offset, data, self.name)
+        ended = monotonic()
+        # A long write may take its time; a throttled one takes more.
+        slow_s = WRITE_SLOW_S * max(1.0, len(data) / NOW_LENGTH_MAX)
+        if ended - started > slow_s:
+            pause_s = (ended - started) * WRITE_PAUSE_FACTOR
+            self._write_inline_from = max(self._write_inline_from, ended + pause_s)
+
+    def _edges_are_cached(self, offset: int, length: int) -> bool:
+        """Whether the pages that are written in part are in the page cache."""
+        if self.medium is not Medium.CACHED:
+            return False
+        try:
+            for edge in (offset, offset + length):
+                if edge & _PAGE_MASK and edge < self.size:
+                    # One byte tells. A page that leaves the cache just now is bad luck.
+                    _preadv(self._descriptor, (bytearray(1),), edge, _RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        return True
+
+    # Space
+
+    async def zero(
+        self, offset: int, length: int, *, may_trim: bool = True, fast: bool = False
+    ) -> None:
+        """Punch or zero the range, else write zeroes in pieces; ``fast``: else ENOTSUP."""
+        self._check_writable()
+        await self._pool.run(self._space.zero, offset, length, may_trim, fast)
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Punch the range out, where the file system or the device can."""
+        self._check_writable()
+        await self._pool.run(self._space.trim, offset, length)
+
+    async def punch(self, offset: int, length: int) -> None:
+        """As ``trim``, but ENOTSUP where nothing can be freed."""
+        self._check_writable()
+        if not await self._pool.run(self._space.trim, offset, length):
+            raise OSError(errno.ENOTSUP, "the range's space cannot be freed", self.name)
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """Data and holes by SEEK_DATA and SEEK_HOLE; one data extent where they are refused."""
+        return await self._pool.run(
+            system_calls.data_and_holes, self._descriptor, offset, length, self.name
+        )
+
+    def used_bytes(self) -> int:
+        """Bytes of space that the file holds on its file system (0 for a block device)."""
+        if self._descriptor < 0:
+            raise closed_error(self.name)
+        return os.fstat(self._descriptor).st_blocks * 512
+
+    # Durable, and closed
+
+    async def flush(self) -> None:
+        """fdatasync.
+
+        Once it has failed, it fails for good: the kernel reports a lost write once, then forgets
+        it, and the next fdatasync would be a lie.
+        """
+        if self.read_only:
+            return
+        await self._pool.run(self._flush, self._descriptor)
+
+    def _flush(self, descriptor: int) -> None:
+        if self._flush_error is None:
+            try:
+                os.fdatasync(descriptor)
+                return
+            except OSError as error:
+                self._flush_error = (error.errno, error.strerror)
+        number, text = self._flush_error
+        raise OSError(
+            number,
+            f"{text}: data was lost on its way to the disk; check the disk, and the image, "
+            "before they are used again",
+            self.name,
+        )
+
+    def close(self) -> None:
+        """Take no more calls; the file and its locks go when the last call has ended."""
+        descriptor = self._descriptor
+        if descriptor >= 0:
+            self._descriptor = -1  # EBADF for the inline calls
+            self._pool.close(lambda: os.close(descriptor))
+
+    async def wait_closed(self) -> None:
+        """Return when the last call has ended and the descriptor is closed."""
+        await self._pool.wait_closed()
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise read_only_error(self.name)
+
+
+def _check_kind(mode: int, name: str) -> None:
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise OSError(errno.EINVAL, "neither a regular file nor a block device", name)
+
+
+def _open_without_atime(name: str, flags: int) -> int:
+    """Open so that reads need not write the time of access: its journal may make them wait."""
+    try:
+        return os.open(name, flags | os.O_CLOEXEC | os.O_NOATIME)
+    except PermissionError:
+        return os.open(name, flags | os.O_CLOEXEC)  # only the owner may ask for it

@@ -1,0 +1,222 @@
+"""Threads for the system calls that may block, and their results' way back to the loop.
+
+Each device has a pool of its own, and thereby each role: a temp image whose disk hangs may fill
+its pool, and no guest's disk waits for one of its threads.
+
+    run() ──queue──▶ thread: function(*arguments) ──outbox──▶ one wake-up ──▶ many futures
+
+Why not concurrent.futures: it joins its threads when the interpreter ends, so that one hung
+system call would keep the process from ending. These threads are daemons, and nobody joins them.
+
+Order rules
+    * A thread is started when there are more unfinished calls than threads, up to ``size_max``;
+      it ends after ``IDLE_S`` without a call, or when the pool is closed.
+    * ``close(last)`` takes no more calls; ``last`` runs in a thread once the last call has ended.
+    * A thread puts its result into the outbox *before* it looks whether a wake-up is on its way;
+      the loop notes that the wake-up has arrived *before* it empties the outbox. So no result
+      is left behind, without a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any, TypeAlias, TypeVar
+
+from fleecenbd.storage.errors import closed_error
+
+SIZE_MAX = 16
+"""Threads per pool, by default."""
+
+IDLE_S = 10.0
+"""Seconds after which a thread with nothing to do ends."""
+
+Result = TypeVar("Result")
+
+
+class _Outbox:
+    """Results on their way to one event loop: many results, one wake-up."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._results: deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = deque()
+        self._waking = False
+
+    def put(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+        """Called by a pool thread."""
+        self._results.append((future, result, error))
+        if self._waking:
+            return
+        self._waking = True
+        try:
+            self.loop.call_soon_threadsafe(self._deliver)
+        except RuntimeError:
+            # The loop was closed: nobody is left to be told.
+            self._results.clear()
+
+    def _deliver(self) -> None:
+        self._waking = False
+        results = self._results
+        while results:
+            future, result, error = results.popleft()
+            if future.done():  # cancelled by its owner; the call went on
+                continue
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+
+_Call: TypeAlias = tuple[_Outbox, "asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...]]
+
+
+def _answer(
+    outbox: _Outbox,
+    future: asyncio.Future[Any],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    """Make one call and send its result or its error on its way."""
+    try:
+        result = function(*arguments)
+    except BaseException as error:
+        outbox.put(future, None, error)
+    else:
+        outbox.put(future, result, None)
+
+
+class ThreadPool:
+    """Daemon threads that run the blocking calls of one device in one role."""
+
+    def __init__(
+        self, name: str, role: str, *, size_max: int = SIZE_MAX, idle_s: float = IDLE_S
+    ) -> None:
+        """``name`` is the device's, for messages; ``role`` stands in the threads' names too."""
+        assert size_max > 0, "a pool needs a thread"
+        self.name = name
+        self.role = role
+        self.size_max = size_max
+        self._idle_s = idle_s
+        self._queue: SimpleQueue[_Call | None] = SimpleQueue()
+        self._outbox: _Outbox | None = None
+        self._lock = threading.Lock()
+        # Under the lock:
+        self._size = 0  # threads
+        self._unfinished = 0  # calls queued or running
+        self._last: Callable[[], None] | None = None  # set once closing
+        self._closed = False  # `last` has ended
+        self._waiters: list[tuple[_Outbox, asyncio.Future[None]]] = []
+
+    @property
+    def size(self) -> int:
+        """Threads at the moment."""
+        return self._size
+
+    @property
+    def unfinished(self) -> int:
+        """Calls queued or running."""
+        return self._unfinished
+
+    def run(self, function: Callable[..., Result], *arguments: object) -> asyncio.Future[Result]:
+        """Call ``function(*arguments)`` in a thread; the future belongs to the running loop.
+
+        Cancelling the future does not stop the call. Raises OSError (EBADF) once closed.
+        """
+        outbox = self._outbox_of_running_loop()
+        future: asyncio.Future[Result] = outbox.loop.create_future()
+        with self._lock:
+            if self._last is not None:
+                raise closed_error(self.name)
+            self._enqueue((outbox, future, function, arguments))
+        return future
+
+    def close(self, last: Callable[[], None] = lambda: None) -> None:
+        """Take no more calls; run ``last`` in a thread once the last call has ended.
+
+        Needs no event loop, waits for nothing, and does nothing the second time.
+        """
+        with self._lock:
+            if self._last is None:
+                self._last = last
+                self._enqueue(None)  # whoever ends last runs `last`: perhaps this very entry
+
+    async def wait_closed(self) -> None:
+        """Return when the last call, and what was given to ``close``, have ended."""
+        outbox = self._outbox_of_running_loop()
+        future: asyncio.Future[None] = outbox.loop.create_future()
+        with self._lock:
+            if self._closed:
+                return
+            self._waiters.append((outbox, future))
+        await future
+
+    def _outbox_of_running_loop(self) -> _Outbox:
+        loop = asyncio.get_running_loop()
+        outbox = self._outbox
+        if outbox is None or outbox.loop is not loop:
+            # Results of calls that another loop began still go to that loop's outbox.
+            outbox = self._outbox = _Outbox(loop)
+        return outbox
+
+    def _enqueue(self, call: _Call | None) -> None:
+        """Queue one call (None: the mark of ``close``); the lock is held."""
+        self._unfinished += 1
+        if self._unfinished > self._size and self._size < self.size_max:
+            self._size += 1
+            try:
+                threading.Thread(
+                    target=self._work, name=f"{self.role} {self.name}", daemon=True
+                ).start()
+            except RuntimeError:
+                self._size -= 1
+                if self._size == 0:
+                    self._unfinished -= 1
+                    raise
+        self._queue.put(call)
+
+    def _work(self) -> None:
+        while True:
+            try:
+                call = self._queue.get(timeout=self._idle_s)
+            except Empty:
+                with self._lock:
+                    if self._unfinished < self._size:
+                        self._size -= 1
+                        return
+                continue  # a call is on its way to this thread
+            if call is not None:
+                _answer(*call)
+                del call  # keeps no buffer alive while waiting for the next one
+            elif self._closed:
+                with self._lock:
+                    self._size -= 1
+                return
+            with self._lock:
+                self._unfinished -= 1
+                if self._last is None:
+                    continue
+                if self._unfinished > 0:
+                    if self._size > self._unfinished:
+                        self._size -= 1
+                        return
+                    continue
+                last = self._last
+            self._finish(last)
+            return
+
+    def _finish(self, last: Callable[[], None]) -> None:
+        """Run by the thread that ended the last call of a closing pool."""
+        try:
+            last()
+        finally:
+            with self._lock:
+                self._closed = True
+                self._size -= 1
+                for _ in range(self._size):
+                    self._queue.put(None)  # idle threads end now
+                waiters, self._waiters = self._waiters, []
+            for outbox, future in waiters:
+                outbox.put(future, None, None)

@@ -1,0 +1,135 @@
+"""System calls that Python lacks or leaves half done: for a pool's threads, since they block.
+
+All of them take a file descriptor and the image's name, and raise OSError with that name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+
+from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO, Data, Extent
+from fleecenbd.storage.errors import shrank_error
+
+# From linux/falloc.h.
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+
+# From linux/fs.h.
+_BLKSSZGET = 0x1268
+
+ZEROES_LENGTH = 1 << 20
+"""Bytes per write where zeroes are written out."""
+_ZEROES = memoryview(bytes(ZEROES_LENGTH))
+
+EXTENT_COUNT_MAX = 65536
+"""Extents per answer; what lies behind is reported as data, which is always allowed."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+# The calls with 64 in their names take 64-bit offsets on 32-bit machines too.
+_fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_fallocate.restype = ctypes.c_int
+
+
+def read_all(descriptor: int, offset: int, length: int, name: str) -> bytes:
+    """Read exactly ``length`` bytes; EIO where the image ends before."""
+    data = os.pread(descriptor, length, offset)
+    if len(data) == length:
+        return data
+    pieces = [data]
+    done = len(data)
+    while done < length:
+        data = os.pread(descriptor, length - done, offset + done)
+        if not data:
+            raise shrank_error(name, offset + done)
+        pieces.append(data)
+        done += len(data)
+    return b"".join(pieces)
+
+
+def write_all(descriptor: int, offset: int, data: Data, name: str) -> None:
+    """Write all of ``data``, in as many calls as it takes."""
+    written = os.pwrite(descriptor, data, offset)
+    length = len(data)
+    if written == length:
+        return
+    view = memoryview(data)
+    while written < length:
+        count = os.pwrite(descriptor, view[written:], offset + written)
+        if count == 0:
+            raise OSError(errno.EIO, f"nothing could be written at offset {offset + written}", name)
+        written += count
+
+
+def write_zeroes(descriptor: int, offset: int, length: int, name: str) -> None:
+    """Write zeroes out, in pieces of at most ``ZEROES_LENGTH`` bytes."""
+    end = offset + length
+    while offset < end:
+        piece = _ZEROES[: min(ZEROES_LENGTH, end - offset)]
+        write_all(descriptor, offset, piece, name)
+        offset += len(piece)
+
+
+def fallocate(descriptor: int, mode: int, offset: int, length: int, name: str) -> None:
+    """fallocate(2); mode is of FALLOC_FL_*."""
+    while _fallocate(descriptor, mode, offset, length) != 0:
+        error = ctypes.get_errno()
+        if error != errno.EINTR:
+            raise OSError(error, os.strerror(error), name)
+
+
+def image_size(descriptor: int) -> int:
+    """Bytes in a regular file or a block device."""
+    return os.lseek(descriptor, 0, os.SEEK_END)
+
+
+def block_size(descriptor: int) -> int:
+    """Bytes that a zeroing or a discard must be aligned to: 1 for a regular file."""
+    if not stat.S_ISBLK(os.fstat(descriptor).st_mode):
+        return 1
+    (size,) = struct.unpack("i", fcntl.ioctl(descriptor, _BLKSSZGET, bytes(4)))
+    return int(size)
+
+
+def data_and_holes(
+    descriptor: int, offset: int, length: int, name: str, *, count_max: int = EXTENT_COUNT_MAX
+) -> list[Extent]:
+    """The extents of a range, by SEEK_DATA and SEEK_HOLE: data, and holes that read as zeroes.
+
+    Where the file system or the device does not tell, all that it does not tell is data.
+    Moves the descriptor's file position, which nobody here uses.
+    """
+    extents: list[Extent] = []
+    position = offset
+    end = offset + length
+    while position < end and len(extents) < count_max:
+        try:
+            data = min(os.lseek(descriptor, position, os.SEEK_DATA), end)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                break
+            # No data from here to the end of the file: or no file any more.
+            if image_size(descriptor) < end:
+                raise shrank_error(name, position) from None
+            data = end
+        if data > position:
+            extents.append((data - position, EXTENT_HOLE | EXTENT_ZERO))
+            position = data
+            continue
+        try:
+            hole = min(os.lseek(descriptor, data, os.SEEK_HOLE), end)
+        except OSError:
+            break
+        if hole <= data:
+            break  # it was punched between the two calls
+        extents.append((hole - data, 0))
+        position = hole
+    if position < end:
+        extents.append((end - position, 0))
+    return extents

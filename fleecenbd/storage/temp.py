@@ -1,0 +1,127 @@
+"""TempImage: a fleece's old data, in a sparse file with the same offsets as the disk.
+
+What was never written, or was trimmed, reads as zeroes and holds no space.
+
+The file has no name from its first moment: when the last descriptor of it is closed, and so
+whatever happens to the server, its space is free. (A session that outlives its server will need
+a named file: the place for it is ``_create_unnamed``'s neighbour, and ``TempImage``'s own
+constructor, which takes any open descriptor.)
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+
+from fleecenbd.storage import system_calls
+from fleecenbd.storage.device import Buffer, Data, Extent
+from fleecenbd.storage.file import FileDevice, ReadNow, WriteNow
+from fleecenbd.storage.pool import SIZE_MAX
+from fleecenbd.storage.space import PUNCH
+
+
+class TempImage:
+    """A sparse file of its own, with a pool of its own; what it is not asked to keep is free."""
+
+    def __init__(self, descriptor: int, name: str, size: int, *, threads_max: int) -> None:
+        """Take over the descriptor of an empty file; ``size`` in bytes."""
+        self.name = name
+        self.size = size
+        self._file = FileDevice(descriptor, name, size=size, role="temp", threads_max=threads_max)
+        self.hole_size = self._file.hole_size
+        # The file ends with a whole block, so that a trim of the last part frees it.
+        self._file_size = -(-size // self.hole_size) * self.hole_size
+        os.ftruncate(descriptor, self._file_size)
+        _check_punch(descriptor, name, self.hole_size)
+        self.pread_now: ReadNow = self._file.pread_now
+        self.pwrite_now: WriteNow = self._file.pwrite_now
+
+    @classmethod
+    def create(
+        cls,
+        directory: str | os.PathLike[str],
+        name: str,
+        size: int,
+        *,
+        threads_max: int = SIZE_MAX,
+    ) -> TempImage:
+        """Make an empty temp image in ``directory``; ``name`` is for messages only.
+
+        Raises OSError; ENOTSUP where the file system can't free what is trimmed. Blocks.
+        """
+        path = os.path.join(os.fspath(directory), name)
+        descriptor = _create_unnamed(os.fspath(directory))
+        try:
+            return cls(descriptor, path, size, threads_max=threads_max)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def used_bytes(self) -> int:
+        """Bytes of space that it holds now."""
+        return self._file.used_bytes()
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """Read ``length`` bytes at ``offset``."""
+        return await self._file.pread(offset, length)
+
+    async def pwrite(self, offset: int, data: Data) -> None:
+        """Write all of ``data``; ENOSPC where the file system is full."""
+        await self._file.pwrite(offset, data)
+
+    async def zero(
+        self, offset: int, length: int, *, may_trim: bool = True, fast: bool = False
+    ) -> None:
+        """Make the range read as zeroes."""
+        await self._file.zero(offset, length, may_trim=may_trim, fast=fast)
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Free the range's space. Raises OSError where that fails: its users count on it."""
+        end = offset + length
+        if end == self.size:
+            end = self._file_size
+        await self._file.punch(offset, end - offset)
+
+    async def flush(self) -> None:
+        """fdatasync."""
+        await self._file.flush()
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """What is kept is data, all else holes."""
+        return await self._file.extents(offset, length)
+
+    def close(self) -> None:
+        """Take no more calls; the file and its space go when the last call has ended."""
+        self._file.close()
+
+    async def wait_closed(self) -> None:
+        """Return when the file is gone."""
+        await self._file.wait_closed()
+
+
+def _create_unnamed(directory: str) -> int:
+    """An open file in ``directory`` that no name leads to."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOATIME
+    try:
+        return os.open(directory, flags | os.O_TMPFILE | os.O_EXCL, 0o600)
+    except OSError as error:
+        # EISDIR: a kernel that takes the directory for a file to be written.
+        if error.errno not in (errno.ENOTSUP, errno.EISDIR, errno.EINVAL):
+            raise
+    descriptor, path = tempfile.mkstemp(prefix=".fleecenbd-", dir=directory)
+    os.unlink(path)
+    return descriptor
+
+
+def _check_punch(descriptor: int, name: str, length: int) -> None:
+    """Refuse a file system that can't free part of a file. The file is empty."""
+    try:
+        system_calls.fallocate(descriptor, PUNCH, 0, length, name)
+    except OSError as error:
+        raise OSError(
+            errno.ENOTSUP,
+            f"the file system cannot free parts of a file ({error.strerror}), so that a temp "
+            "image would only grow; put temp images on ext4, XFS, Btrfs or tmpfs",
+            name,
+        ) from None
