@@ -23,7 +23,7 @@ help:  ## this text
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  SEEDS=N SEED=n RUNS=N   as above; DEMO='--size 64M' hands options to the demo"
+	@echo "  SEEDS=N SEED=n RUNS=N   as above; DEMO='--size 64' hands options to the demo"
 	@echo "  PYTEST='-k trim -x'     hands options to pytest (test, interop)"
 
 venv: $(READY)  ## set up only: missing packages (root or sudo), then .venv; runs once
@@ -60,7 +60,7 @@ interop: $(TOOLS)  ## only the tests with other people's NBD clients
 	$(PYTHON) -m pytest tests/interop $(PYTEST)
 
 stress: $(TOOLS)  ## fio with verify, two pulls, a trimmer and a killed client: RUNS=N
-	$(PYTHON) tests/e2e/stress.py --runs $(RUNS)
+	$(PYTHON) -m tests.e2e.stress --runs $(RUNS)
 
 bench-quick: $(TOOLS)  ## a short paired run against qemu-storage-daemon
 	$(PYTHON) benchmarks/quick.py
