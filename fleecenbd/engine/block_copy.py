@@ -24,7 +24,7 @@ import logging
 from collections import deque
 
 from fleecenbd.engine.reqlist import RangeRequest
-from fleecenbd.engine.state import CLUSTER_SIZE_MIN, Copy, FleeceState
+from fleecenbd.engine.state import CLUSTER_SIZE_MIN, Copy, FleeceState, Release
 from fleecenbd.storage.device import Buffer
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class BlockCopy:
         self._claim_clusters_max = max(1, COPY_LENGTH_MAX >> state.shift)
         self._queued: deque[Copy] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._releases: set[asyncio.Task[None]] = set()
 
     # -- claim and run ---------------------------------------------------------------------
 
@@ -271,34 +272,45 @@ class BlockCopy:
             *state.temp_reads.overlapping(first, end),
             *state.releases.overlapping(first, end),
         ]
-        request = state.releases.add(RangeRequest(first, end))
+        request = Release(first, end)
+        state.releases.add(request)
+        # The rest happens even if the client has gone, so it is not the client's task that does it.
+        task = asyncio.get_running_loop().create_task(
+            self._free(request, in_flight), name=f"free {state.name} {first}-{end}"
+        )
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+        while not request.ended and not state.dead:
+            await state.trims.wait(first, end)
+        if state.dead:
+            raise state.death()
+        if request.error is not None:
+            raise request.error
+
+    async def _free(self, request: Release, in_flight: list[RangeRequest]) -> None:
+        """Wait for the temp calls in flight, and punch what may hold space."""
+        state = self._state
+        first, end = request.first, request.end
         try:
-            while any(not other.ended for other in in_flight):
+            while not state.dead and any(not other.ended for other in in_flight):
                 await state.trims.wait(first, end)
-                if state.dead:
-                    raise state.death()
             charged = state.charged.bits
-            if (low := charged.find(1, first, end)) >= 0:
+            if not state.dead and (low := charged.find(1, first, end)) >= 0:
                 high = charged.find(1, first, end, right=True) + 1
-                try:
-                    await state.target.trim(low << state.shift, (high - low) << state.shift)
-                except OSError as error:
-                    if state.dead:
-                        raise state.death() from error
-                    raise OSError(
-                        errno.EIO, f"{state.name}: temp space could not be freed: {error.strerror}"
-                    ) from error
+                await state.target.trim(low << state.shift, (high - low) << state.shift)
                 state.uncharge(low, high)
-                if state.dead:
-                    raise state.death()
+        except OSError as error:
+            request.error = OSError(
+                errno.EIO, f"{state.name}: temp space could not be freed: {error.strerror}"
+            )
         finally:
             state.releases.remove(request)
             state.trims.wake(first, end)
 
     async def drained(self) -> None:
-        """Return when no copy runs any more (a hung device call may keep it for ever)."""
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
+        """Return when nothing runs here any more (a hung device call may keep it for ever)."""
+        while tasks := self._tasks | self._releases:
+            await asyncio.wait(tasks)
 
 
 _4K = ZEROES[:CLUSTER_SIZE_MIN]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fleecenbd.engine.bitmap import cluster_runs
+from fleecenbd.engine.extents import windowed_status
 from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.reqlist import Waiters
 from fleecenbd.storage.device import Buffer, Data, Device, Extent
@@ -97,9 +98,9 @@ class Disk:
         """Return when every write that was replied to is durable."""
         await self.device.flush()
 
-    async def status(self, offset: int, length: int) -> list[Extent]:
-        """base:allocation of the active image."""
-        return await self.device.extents(offset, length)
+    async def status(self, offset: int, length: int, *, one: bool = False) -> list[Extent]:
+        """base:allocation of the active image; ``one`` and the answer as Fleece.status."""
+        return await windowed_status(self.device.extents, offset, length, one=one)
 
     # -- before and around the active write ------------------------------------------------
 

@@ -24,6 +24,12 @@ from collections.abc import Iterator
 from bitarray import bitarray
 
 from fleecenbd.engine.block_copy import BlockCopy
+from fleecenbd.engine.extents import (
+    STATUS_EXTENTS_MAX,
+    ExtentCursor,
+    append_extent,
+    windowed_status,
+)
 from fleecenbd.engine.parts import PartTable
 from fleecenbd.engine.reqlist import RangeRequest
 from fleecenbd.engine.state import FleeceState, FrozenRead
@@ -31,12 +37,6 @@ from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO, Buffer, Extent
 
 READ_NOW_LENGTH_MAX = 1 << 20
 """Bytes. A longer read would keep the loop from everybody else: it goes to the pool."""
-STATUS_WINDOW = 128 << 20
-"""Bytes that one call of the active image's extents is asked for at first."""
-STATUS_WINDOW_MAX = 4 << 30
-STATUS_EXTENTS_MAX = 16 << 10
-"""A status reply ends after the window in which it passed this many extents."""
-
 ACCESS_READABLE = 1
 """x-fleecenbd:access: the range may still be read."""
 ACCESS_IN_TEMP = 2
@@ -168,23 +168,12 @@ class SnapshotAccess:
         first extent is wanted. What may not be read counts as data: a client that believes the
         map and reads there fails loudly. Raises OSError when broken or finished.
         """
-        stop = offset + length
-        window = STATUS_WINDOW
-        extents: list[Extent] = []
-        while True:
-            window_stop = min(offset + window, stop)
-            if self._state.dead:
-                raise self._state.death()
-            for extent in await self._window_status(offset, window_stop - offset):
-                _append(extents, *extent)
-            offset = window_stop
-            if offset >= stop or len(extents) > STATUS_EXTENTS_MAX or (one and len(extents) > 1):
-                break
-            window = min(window * 2, STATUS_WINDOW_MAX)
-        return extents[:1] if one else extents
+        return await windowed_status(self._window_status, offset, length, one=one)
 
     async def _window_status(self, offset: int, length: int) -> list[Extent]:
         state = self._state
+        if state.dead:
+            raise state.death()
         shift = state.shift
         first = offset >> shift
         end = ((offset + length - 1) >> shift) + 1
@@ -213,18 +202,18 @@ class SnapshotAccess:
         empty_in_temp = live & ~asked & ~state.charged.bits[first:end]
         asked &= live
         extents: list[Extent] = []
-        cursor = _ExtentCursor(source_offset, source_extents)
+        cursor = ExtentCursor(source_offset, source_extents)
         for run_first, run_end, bit in _bit_runs(asked):
             start = max(offset, (first + run_first) << shift)
             run_stop = min(stop, (first + run_end) << shift)
             if bit:
                 for extent in cursor.cut(start, run_stop):
-                    _append(extents, *extent)
+                    append_extent(extents, *extent)
                 continue
             for part_first, part_end, empty in _bit_runs(empty_in_temp, run_first, run_end):
                 part_start = max(offset, (first + part_first) << shift)
                 part_stop = min(stop, (first + part_end) << shift)
-                _append(extents, part_stop - part_start, _ZERO if empty else _DATA)
+                append_extent(extents, part_stop - part_start, _ZERO if empty else _DATA)
         return extents
 
     def access_status(self, offset: int, length: int) -> list[Extent]:
@@ -238,10 +227,10 @@ class SnapshotAccess:
         extents: list[Extent] = []
         for start, run, readable in state.access.runs(offset, length):
             if not readable:
-                _append(extents, run, 0)
+                append_extent(extents, run, 0)
                 continue
             for _, part, in_temp in state.done.runs(start, run):
-                _append(extents, part, ACCESS_READABLE | (ACCESS_IN_TEMP if in_temp else 0))
+                append_extent(extents, part, ACCESS_READABLE | (ACCESS_IN_TEMP if in_temp else 0))
                 if len(extents) > STATUS_EXTENTS_MAX:
                     return extents
         return extents
@@ -323,16 +312,6 @@ class SnapshotAccess:
         return self._parts.add(cluster, start, end, whole)
 
 
-def _append(extents: list[Extent], length: int, flags: int) -> None:
-    """Add an extent, merged with the last one where the flags are the same."""
-    if length <= 0:
-        return
-    if extents and extents[-1][1] == flags:
-        extents[-1] = (extents[-1][0] + length, flags)
-    else:
-        extents.append((length, flags))
-
-
 def _bit_runs(
     bits: bitarray, first: int = 0, end: int | None = None
 ) -> Iterator[tuple[int, int, bool]]:
@@ -346,30 +325,3 @@ def _bit_runs(
             stop = end
         yield first, stop, bool(bit)
         first = stop
-
-
-class _ExtentCursor:
-    """Cuts pieces, in rising order, out of a device's extents that begin at ``offset``."""
-
-    def __init__(self, offset: int, extents: list[Extent]) -> None:
-        self._position = offset
-        self._extents = iter(extents)
-        self._left = 0
-        self._flags = _DATA
-
-    def cut(self, start: int, stop: int) -> Iterator[Extent]:
-        """The extents of ``[start, stop)``."""
-        while start < stop:
-            if self._left == 0:
-                self._left, self._flags = next(self._extents)
-                continue
-            if self._position < start:
-                skip = min(self._left, start - self._position)
-                self._position += skip
-                self._left -= skip
-                continue
-            length = min(self._left, stop - start)
-            yield length, self._flags
-            start += length
-            self._position += length
-            self._left -= length

@@ -86,6 +86,16 @@ class Copy(RangeRequest):
         self.lost = False
 
 
+class Release(RangeRequest):
+    """A TRIM's range whose temp space is being freed. ``error`` is set when that failed."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, first: int, end: int) -> None:
+        super().__init__(first, end)
+        self.error: OSError | None = None
+
+
 class FrozenRead(RangeRequest):
     """A read of the active image in flight: guest writes to its clusters wait until it has ended.
 
@@ -190,7 +200,12 @@ class FleeceState:
         self.copy.bits[first:end] = 0
         self.done.bits[first:end] = 0
         self.stats.released_bytes += lost << self.shift
-        return self.guests.wake(first, end)
+        woken = self.guests.wake(first, end)
+        for read in self.frozen_reads:
+            # A frozen read that has just lost a part of its range holds up nobody any more.
+            if read.first < end and first < read.end:
+                woken += self.guests.wake(read.first, read.end)
+        return woken
 
     # -- ends ------------------------------------------------------------------------------
 
