@@ -197,14 +197,21 @@ class BlockCopy:
             stop, is_zero = self._alike(data, copy.first, first, stop)
             start = first << shift
             run_length = min(stop << shift, state.size) - start
+            piece: memoryview | None = None
             if not is_zero:
                 state.charge(first, stop)
                 piece = view[start - offset : start - offset + run_length]
-                if not state.target.pwrite_now(start, piece):
+            elif state.charged.bits.find(1, first, stop) < 0:
+                first = stop
+                continue
+            # Zeroes where something is charged: an earlier, failed write may have left anything.
+            try:
+                if piece is None or not state.target.pwrite_now(start, piece):
                     await self._temp_write(first, stop, piece)
-            elif state.charged.bits.find(1, first, stop) >= 0:
-                # An earlier, failed write may have left anything here.
-                await self._temp_write(first, stop, None)
+            except OSError:
+                # Only a failure on a cluster that still has access counts.
+                if access.find(1, first, stop) >= 0:
+                    raise
             first = stop
 
     async def _temp_write(self, first: int, end: int, data: memoryview | None) -> None:
