@@ -1,0 +1,436 @@
+"""What must hold, looked at between any two awaits (docs/semantics.md, section 10).
+
+T0  a read, and a zero of a status reply, shows the disk at arming; so would any read now
+G   what is on the active image is explained by the guests' writes (history.py)
+S   nothing in the temp image for a released range from TRIM's reply on; never over temp_limit
+L   nobody waits without a reason, and no guest longer than its timers allow
+B   the partition: copy, done or one copy in flight, wherever access is set; access only shrinks,
+    and only by what was asked for
+X   no session breaks, no guest write fails and no read is refused without a cause
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from bitarray import bitarray
+
+from .devices import CHANGES, Call, SimDevice
+from .history import GuestWrite
+
+if TYPE_CHECKING:
+    from .plan import SessionPlan
+    from .requests import ClientRequest, GuestRequest
+    from .world import SimDisk, World
+
+EPSILON_S = 1e-6
+
+
+class Violation(Exception):
+    """A checker's finding; the first one ends the run."""
+
+
+class FleeceWatch:
+    """What the checkers know about one fleece, from the step that installed it."""
+
+    def __init__(self, fleece: Any, disk: SimDisk, plan: SessionPlan, now: float) -> None:
+        self.fleece = fleece
+        self.state = fleece.state
+        self.disk = disk
+        self.plan = plan
+        self.temp: SimDevice = fleece.temp
+        self.shift = self.state.shift
+        self.size = disk.device.size
+        self.clusters = len(fleece.access.bits)
+        self.t0 = bytes(disk.device.content)
+        self.installed_at = now
+        self.access_seen = bitarray(fleece.access.bits)
+        self.key: tuple[bytes, ...] = ()
+        self.asked = bytearray(self.size)
+        """Per byte: a TRIM of it has been sent."""
+        self.freed = bytearray(self.clusters)
+        """Per cluster: a TRIM of it has been acknowledged."""
+        self.punch_failed = False
+        self.failure_seen = False
+        """A device call failed that a copy needed, on a cluster with access."""
+        self.dead_at: float | None = None
+        self.ranges_in_flight: list[tuple[int, int]] = []
+
+    @property
+    def name(self) -> str:
+        return str(self.fleece.name)
+
+    @property
+    def dead(self) -> bool:
+        return bool(self.fleece.broken is not None or self.fleece.finished)
+
+    @property
+    def limit(self) -> int | None:
+        clusters = self.plan.temp_limit_clusters
+        return None if clusters is None else clusters << self.shift
+
+    def span(self, offset: int, length: int) -> tuple[int, int]:
+        return offset >> self.shift, ((offset + length - 1) >> self.shift) + 1
+
+    def has_access(self, offset: int, length: int) -> bool:
+        """Any cluster of the bytes has its access bit."""
+        first, end = self.span(offset, length)
+        return bool(self.fleece.access.bits.find(1, first, end) >= 0)
+
+    def all_access(self, offset: int, length: int) -> bool:
+        first, end = self.span(offset, length)
+        return bool(self.fleece.access.bits.find(0, first, end) < 0)
+
+
+class Checkers:
+    """The watcher of every device of a world, called after every step of its loop."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.watches: list[FleeceWatch] = []
+        self.live: list[FleeceWatch] = []
+        self.met: Counter[str] = Counter()
+        self.by_temp: dict[SimDevice, FleeceWatch] = {}
+
+    def violation(self, text: str) -> None:
+        self.world.stop_with(text)
+
+    # between any two awaits
+
+    def after_step(self) -> None:
+        for disk in self.world.disks:
+            if disk.engine_disk.fleeces != disk.fleeces_seen:
+                self._fleeces_changed(disk)
+        for watch in self.live:
+            self._check_partition(watch)
+        if any(watch.dead_at is not None for watch in self.live):
+            self.live = [watch for watch in self.live if watch.dead_at is None]
+
+    def _fleeces_changed(self, disk: SimDisk) -> None:
+        now = self.world.loop.time()
+        for fleece in disk.engine_disk.fleeces:
+            if fleece in disk.fleeces_seen:
+                continue
+            plan = self.world.plan_of_temp[fleece.temp]
+            watch = FleeceWatch(fleece, disk, plan, now)
+            for call in disk.device.calls:
+                if call.kind in CHANGES:
+                    self.violation(f"T0: {watch.name} was armed while {call} was in flight")
+            self.watches.append(watch)
+            self.live.append(watch)
+            self.by_temp[watch.temp] = watch
+            disk.watches.append(watch)
+            for request in disk.pending:
+                request.timers_s += plan.cbw_timeout_s
+                request.untimed |= plan.cbw_timeout_s == 0
+            missing = [
+                index
+                for index in plan.disks
+                if not any(
+                    self.world.plan_of_temp[f.temp] is plan
+                    for f in self.world.disks[index].engine_disk.fleeces
+                )
+            ]
+            if missing:
+                self.violation(f"T0: {plan.name} was not armed on all its disks in one step")
+            self.met["fleeces armed"] += 1
+            self.world.log(f"{watch.name} armed")
+        disk.fleeces_seen = list(disk.engine_disk.fleeces)
+
+    def _check_partition(self, watch: FleeceWatch) -> None:
+        fleece = watch.fleece
+        if watch.dead:
+            self._died(watch)
+            return
+        access, copy, done = fleece.access.bits, fleece.copy.bits, fleece.done.bits
+        in_flight = [(c.first, c.end) for c in watch.state.copies]
+        key = (access.tobytes(), copy.tobytes(), done.tobytes())
+        if key == watch.key and in_flight == watch.ranges_in_flight:
+            return
+        watch.key = key
+        name = watch.name
+        outside = ~access
+        if (copy & outside).any():
+            self.violation(f"B: {name}: copy is set where access is not")
+        if (done & outside).any():
+            self.violation(f"B: {name}: done is set where access is not")
+        covered = copy ^ done
+        if (copy & done).any():
+            self.violation(f"B: {name}: a cluster is both copy and done")
+        for first, end in in_flight:
+            live = access[first:end]
+            if (covered[first:end] & live).any():
+                self.violation(
+                    f"B: {name}: clusters {first}..{end} are in flight, and copy, done or in "
+                    "flight twice"
+                )
+            covered[first:end] |= live
+        if covered != access:
+            lost = (covered ^ access).find(1)
+            self.violation(f"B: {name}: cluster {lost} is neither copy nor done nor in flight")
+        if access != watch.access_seen:
+            self._access_shrank(watch, access)
+        watch.ranges_in_flight = in_flight
+        self.would_return(watch)
+
+    def _access_shrank(self, watch: FleeceWatch, access: bitarray) -> None:
+        if (access & ~watch.access_seen).any():
+            self.violation(f"B: {watch.name}: access was set again")
+        cleared = watch.access_seen & ~access
+        for cluster in cleared.search(bitarray("1")):
+            start = cluster << watch.shift
+            end = min(start + (1 << watch.shift), watch.size)
+            if watch.asked.find(0, start, end) >= 0:
+                self.violation(f"B: {watch.name}: cluster {cluster} was released unasked")
+        for first, end in watch.ranges_in_flight:
+            if cleared[first:end].any():
+                self.met["copies cancelled in flight"] += 1
+                if access[first:end].any():
+                    self.met["copies cancelled in part"] += 1
+        for call in watch.disk.device.calls:
+            if self._is_frozen_read(watch, call):
+                first, end = watch.span(call.offset, call.length)
+                if cleared[first:end].any():
+                    self.met["TRIMs during frozen reads"] += 1
+        for call in watch.temp.calls:
+            if call.kind == "read":
+                first, end = watch.span(call.offset, call.length)
+                if cleared[first:end].any():
+                    self.met["TRIMs during temp reads"] += 1
+        watch.access_seen = bitarray(access)
+
+    def _died(self, watch: FleeceWatch) -> None:
+        watch.dead_at = self.world.loop.time()
+        fleece = watch.fleece
+        if fleece.access.bits.any() or fleece.copy.bits.any() or fleece.done.bits.any():
+            self.violation(f"B: {watch.name} ended and kept some bits")
+        if watch.ranges_in_flight:
+            self.met["sessions ended with copies in flight"] += 1
+        if fleece.broken is not None:
+            self.met["breaks"] += 1
+            self.world.log(f"{watch.name} broke: {fleece.broken}")
+            self._check_cause(watch)
+        else:
+            self.met["fleeces finished"] += 1
+            self.world.log(f"{watch.name} finished")
+
+    def _check_cause(self, watch: FleeceWatch) -> None:
+        if watch.plan.on_cbw_error != "break-snapshot":
+            self.violation(f"X: {watch.name} broke under break-guest-write")
+        if not self.has_cause(watch, watch.disk.pending):
+            self.violation(f"X: {watch.name} broke without a cause: {watch.fleece.broken}")
+
+    def has_cause(self, watch: FleeceWatch, requests: list[GuestRequest]) -> bool:
+        """Did anything happen for which a fleece may break, or one of these requests fail?"""
+        if watch.failure_seen or watch.limit is not None:
+            return True
+        timeout_s = watch.plan.cbw_timeout_s
+        now = self.world.loop.time()
+        return timeout_s > 0 and any(
+            now - max(r.sent_at, watch.installed_at) >= timeout_s - EPSILON_S for r in requests
+        )
+
+    # T0
+
+    def would_return(self, watch: FleeceWatch, first: int = 0, end: int | None = None) -> None:
+        """What a read of clusters ``[first, end)`` would return now is the disk at arming."""
+        fleece, t0 = watch.fleece, watch.t0
+        access, done = fleece.access.bits, fleece.done.bits
+        active, temp = watch.disk.device.content, watch.temp.content
+        end = watch.clusters if end is None else end
+        while (first := access.find(1, first, end)) >= 0:
+            bit = done[first]
+            stop = end
+            for bits, value in ((access, 0), (done, not bit)):
+                found = bits.find(value, first, stop)
+                stop = found if found >= 0 else stop
+            low, high = first << watch.shift, min(stop << watch.shift, watch.size)
+            source = temp if bit else active
+            if source[low:high] != t0[low:high]:
+                where = "temp" if bit else "active"
+                wrong = next(i for i in range(low, high) if source[i] != t0[i])
+                self.violation(
+                    f"T0: {watch.name}: a read would return wrong data at {wrong} "
+                    f"(cluster {wrong >> watch.shift}, from the {where} image)"
+                )
+            first = stop
+
+    # devices
+
+    def call_began(self, device: SimDevice, call: Call) -> None:
+        if isinstance(call.request, GuestWrite) and call.kind in CHANGES and not device.is_temp:
+            call.request.changes.append(call)
+        if self.world.tracing:
+            self.world.log(f"    {device.name}: {call} begins")
+
+    def call_landed(self, device: SimDevice, call: Call, offset: int, length: int) -> None:
+        if call.kind not in CHANGES or not length:
+            return
+        if self.world.tracing:
+            self.world.log(f"    {device.name}: {call} lands {offset}+{length}")
+        if not device.is_temp:
+            for watch in self.world.disk_of[device].watches:
+                if watch.dead_at is None and not watch.dead:
+                    self.would_return(watch, *watch.span(offset, length))
+            return
+        watch = self.by_temp.get(device)
+        if watch is None or watch.dead:
+            return
+        first, end = watch.span(offset, length)
+        self.would_return(watch, first, min(end, watch.clusters))
+        if call.kind != "trim":
+            if 1 in watch.freed[first:end] and self._holds_freed(watch, first, end):
+                self.violation(
+                    f"S: {watch.name}: {call} took space in a range whose TRIM was replied to"
+                )
+            limit = watch.limit
+            if limit is not None and device.used_bytes() > limit:
+                self.violation(f"S: {watch.name}: {device.used_bytes()} bytes, limit {limit}")
+
+    def call_ended(self, device: SimDevice, call: Call) -> None:
+        if self.world.tracing:
+            verdict = f"fails ({call.error})" if call.fails else "ends"
+            self.world.log(f"    {device.name}: {call} {verdict}")
+        if not call.fails:
+            return
+        self.met[f"{'temp' if device.is_temp else 'active'} {call.kind} failures"] += 1
+        request = call.request
+        if request is not None:
+            request.device_failed = True  # type: ignore[attr-defined]
+        if device.is_temp:
+            watch = self.by_temp.get(device)
+            if watch is not None and call.kind == "trim":
+                watch.punch_failed = True
+            elif watch is not None and call.kind in CHANGES:
+                watch.failure_seen |= watch.has_access(call.offset, call.length)
+        elif call.kind == "read" and isinstance(request, GuestWrite):
+            for watch in self.world.disk_of[device].watches:
+                watch.failure_seen |= watch.has_access(call.offset, call.length)
+
+    def _holds_freed(self, watch: FleeceWatch, first: int, end: int) -> bool:
+        size = 1 << watch.shift
+        return any(
+            watch.freed[cluster] and watch.temp.holds(cluster * size, size)
+            for cluster in range(first, end)
+        )
+
+    # before time passes
+
+    def on_quiet(self) -> None:
+        for disk in self.world.disks:
+            for request in disk.pending:
+                if not self._has_reason(disk, request):
+                    self.violation(f"L: {request} waits for nothing")
+        for client in self.world.clients_pending:
+            self._check_client_waits(client)
+
+    def _has_reason(self, disk: SimDisk, request: GuestRequest) -> bool:
+        if disk.holds:
+            return True
+        if any(call.request is request for call in disk.device.calls):
+            return True
+        return any(
+            watch.dead_at is None and self._holds_up(watch, request) for watch in disk.watches
+        )
+
+    def _holds_up(self, watch: FleeceWatch, request: GuestRequest) -> bool:
+        first, end = watch.span(request.offset, request.length)
+        access = watch.fleece.access.bits
+        copies = list(watch.state.copies)
+        for copy in copies:
+            low, high = max(first, copy.first), min(end, copy.end)
+            if low < high and access.find(1, low, high) >= 0:
+                start = copy.first << watch.shift
+                stop = copy.end << watch.shift
+                if len(copies) > self.world.engine.constants["COPIES_MAX"] or any(
+                    call.offset < stop and start < call.end
+                    for device in (watch.temp, watch.disk.device)
+                    for call in device.calls
+                ):
+                    return True
+        for call in watch.disk.device.calls:
+            if self._is_frozen_read(watch, call):
+                call_first, call_end = watch.span(call.offset, call.length)
+                low, high = max(first, call_first), min(end, call_end)
+                if low >= high:
+                    continue
+                if call.kind == "read" and watch.all_access(call.offset, call.length):
+                    return True
+                if call.kind == "extents" and access.find(1, low, high) >= 0:
+                    return True
+        return False
+
+    def _is_frozen_read(self, watch: FleeceWatch, call: Call) -> bool:
+        return (
+            call.kind in ("read", "extents")
+            and getattr(call.request, "fleece", None) is watch.fleece
+        )
+
+    def _check_client_waits(self, client: ClientRequest) -> None:
+        watch = client.watch
+        if client.kind == "trim":
+            if watch.dead_at is not None:
+                self.violation(f"L: {client} waits, though {watch.name} has ended")
+            if not watch.temp.calls:
+                self.violation(f"L: {client} waits for nothing")
+        elif not any(
+            call.request is client for device in (watch.temp, watch.disk.device)
+            for call in device.calls
+        ):
+            self.violation(f"L: {client} waits for nothing")
+
+    # the end
+
+    def at_end(self) -> None:
+        for disk in self.world.disks:
+            self._check_disk_at_end(disk)
+        for watch in self.watches:
+            self._check_fleece_at_end(watch)
+        for device in self.world.devices:
+            if device.hung_count:
+                self.met["hung devices"] += 1
+                self.met["hung calls"] += device.hung_count
+
+    def _check_disk_at_end(self, disk: SimDisk) -> None:
+        for request in disk.pending:
+            # It has a reason to wait (on_quiet): only a call that never ends may be one.
+            if any(call.request is request for call in disk.device.calls):
+                continue
+            if not request.untimed:
+                self.violation(f"L: {request} waits for ever")
+            self.met["guest writes held for ever, cbw_timeout 0"] += 1
+        why = disk.history.unexplained(0, bytes(disk.device.content))
+        if why is not None:
+            self.violation(f"G: {disk.name}: {why}")
+        for seen in disk.reads_seen:
+            why = disk.history.unexplained(seen.offset, seen.data, seen.began, seen.ended)
+            if why is not None:
+                self.violation(f"G: {disk.name}: a guest's read: {why}")
+
+    def _check_fleece_at_end(self, watch: FleeceWatch) -> None:
+        stats = watch.fleece.stats
+        self.met["copies"] += stats.copies_done
+        self.met["copies failed"] += stats.copies_failed
+        self.met["guest writes released by a TRIM"] += stats.guest_released_by_trim
+        self.met["frozen waits"] += stats.frozen_waits
+        self.met["timeouts"] += stats.timeouts
+        self.met["limits hit"] += stats.limit_hits
+        self.met["partial releases"] += stats.part_trims
+        if watch.dead_at is not None:
+            if not watch.temp.closed:
+                self.violation(f"S: {watch.name} ended, and its temp image is still open")
+            return
+        if watch.temp.closed:
+            self.violation(f"S: {watch.name} lives, and its temp image is closed")
+        self.would_return(watch)
+        size = 1 << watch.shift
+        charged = watch.state.charged.bits
+        pending = any(client.watch is watch for client in self.world.clients_pending)
+        for cluster in range(watch.clusters):
+            held = watch.temp.holds(cluster * size, size)
+            if held and not charged[cluster]:
+                self.violation(f"S: {watch.name}: cluster {cluster} holds space uncharged")
+            if held and not watch.fleece.access.bits[cluster]:
+                if not pending and not watch.punch_failed:
+                    self.violation(f"S: {watch.name}: released cluster {cluster} holds space")

@@ -1,0 +1,409 @@
+"""A simulated device: everything that a real one may do to its callers, drawn from a seed.
+
+A call lands piece by piece, each piece at a moment of its own; there may be time before the first
+and after the last. A failed write leaves some of its pieces done, some untouched and some with
+garbage. A call can hang: for ever, or until long after everybody has stopped waiting. A device can
+die at a moment and take every call in flight with it. ``pread_now`` and ``pwrite_now`` answer with
+a chance between 0 and 1, so that "now" and "later" are held against each other.
+
+Space is tracked in blocks of ``hole_size``: what a sparse file would hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import math
+import random
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO, Buffer, Data, Extent
+
+from .loop import VirtualLoop
+
+REQUEST: ContextVar[object | None] = ContextVar("request", default=None)
+"""The client request on whose behalf the current step runs; device calls remember it."""
+
+CHANGES = ("write", "zero", "trim")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a device is like. Chances are 0 to 1 per call."""
+
+    latency_min_s: float = 0.0005
+    latency_max_s: float = 0.02
+    slow_chance: float = 0.0
+    slow_factor: float = 30.0
+    quantum_s: float = 0.0
+    """Latencies are rounded up to multiples of this, so that calls end at one moment."""
+    pieces_max: int = 4
+    now_chance: float = 0.0
+    fail: dict[str, float] = field(default_factory=dict)
+    """Chance to fail, by kind of call: read, write, zero, trim, flush, extents."""
+    hang: dict[str, float] = field(default_factory=dict)
+    late_chance: float = 0.5
+    """Share of the hung calls that end after all, ``late_s`` later."""
+    late_s: float = 400.0
+    dies_at_s: float = math.inf
+    lives_again_at_s: float = math.inf
+    fast_zero: bool = True
+    space_max: int | None = None
+    """Bytes; a write past it fails with ENOSPC."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One call on a device, in flight or ended."""
+
+    kind: str
+    offset: int
+    length: int
+    request: object | None
+    began_at: float
+    data: Any = None
+    cuts: list[int] = field(default_factory=list)
+    """Ends of the pieces that have still to land, last one first."""
+    landed: int = 0
+    fails: bool = False
+    error: int = 0
+    hangs_at: int | None = None
+    hung: bool = False
+    ended: bool = False
+    ended_at: float = 0.0
+    future: asyncio.Future[None] | None = None
+    keep_space: bool = False
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.offset}+{self.length}"
+
+
+class Watcher(Protocol):
+    """Who is told what happens on the device."""
+
+    def call_began(self, device: SimDevice, call: Call) -> None: ...
+
+    def call_landed(self, device: SimDevice, call: Call, offset: int, length: int) -> None: ...
+
+    def call_ended(self, device: SimDevice, call: Call) -> None: ...
+
+    def violation(self, text: str) -> None: ...
+
+
+class SimDevice:
+    """A block device made of a bytearray, a seed and bad luck."""
+
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        rng: random.Random,
+        watcher: Watcher,
+        name: str,
+        size: int,
+        profile: Profile,
+        *,
+        hole_size: int = 4096,
+        content: bytes | None = None,
+        is_temp: bool = False,
+    ) -> None:
+        self.name = name
+        self.is_temp = is_temp
+        self.size = size
+        self.hole_size = hole_size
+        self.profile = profile
+        self.content = bytearray(content) if content is not None else bytearray(size)
+        self.space = bytearray(-(-size // hole_size))
+        if content is not None:
+            for block in range(len(self.space)):
+                if any(content[block * hole_size : (block + 1) * hole_size]):
+                    self.space[block] = 1
+        self.calls: list[Call] = []
+        """In flight."""
+        self.closed = False
+        self.hung_count = 0
+        self._loop = loop
+        self._rng = rng
+        self._watcher = watcher
+        self._close_waiters: list[asyncio.Future[None]] = []
+
+    # the device interface
+
+    def pread_now(self, offset: int, length: int) -> Buffer | None:
+        if not self._answers_now():
+            return None
+        call = self._call("read", offset, length, None)
+        self._now(call)
+        return bytes(call.data)
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        call = await self._later(self._call("read", offset, length, None))
+        data: bytearray = call.data
+        return data
+
+    def pwrite_now(self, offset: int, data: Data) -> bool:
+        if not self._answers_now():
+            return False
+        self._now(self._call("write", offset, len(data), data))
+        return True
+
+    async def pwrite(self, offset: int, data: Data) -> None:
+        await self._later(self._call("write", offset, len(data), data))
+
+    async def zero(
+        self, offset: int, length: int, *, may_trim: bool = True, fast: bool = False
+    ) -> None:
+        if fast and not self.profile.fast_zero:
+            raise OSError(errno.ENOTSUP, "no fast zero")
+        call = self._call("zero", offset, length, None)
+        call.keep_space = not may_trim
+        await self._later(call)
+
+    async def trim(self, offset: int, length: int) -> None:
+        await self._later(self._call("trim", offset, length, None))
+
+    async def flush(self) -> None:
+        await self._later(self._call("flush", 0, 0, None))
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        call = await self._later(self._call("extents", offset, length, None))
+        answer: list[Extent] = call.data
+        return answer
+
+    def close(self) -> None:
+        self.closed = True
+        self._tell_closed()
+
+    async def wait_closed(self) -> None:
+        if not self.closed or self.calls:
+            waiter = self._loop.create_future()
+            self._close_waiters.append(waiter)
+            await waiter
+
+    # what temp images have besides
+
+    def used_bytes(self) -> int:
+        """Bytes of space in use, in whole blocks (the last one may be partial)."""
+        used = self.space.count(1) * self.hole_size
+        if self.space and self.space[-1]:
+            used -= len(self.space) * self.hole_size - self.size
+        return used
+
+    def holds(self, offset: int, length: int) -> bool:
+        """Whether a block that touches the range holds space."""
+        return 1 in self.space[offset // self.hole_size : -(-(offset + length) // self.hole_size)]
+
+    # a call's life
+
+    def _answers_now(self) -> bool:
+        chance = self.profile.now_chance
+        alive = self._wakes_at() <= self._loop.time()
+        return chance > 0 and alive and self._rng.random() < chance
+
+    def _wakes_at(self) -> float:
+        now = self._loop.time()
+        profile = self.profile
+        if profile.dies_at_s <= now < profile.lives_again_at_s:
+            return profile.lives_again_at_s
+        return now
+
+    def _call(self, kind: str, offset: int, length: int, data: Data | None) -> Call:
+        if self.closed:
+            self._watcher.violation(f"{kind} {offset}+{length} on {self.name} after its close")
+        if offset < 0 or length < 0 or offset + length > self.size or (not length and kind in ("read", "write")):
+            self._watcher.violation(f"{kind} {offset}+{length} is outside of {self.name}")
+        call = Call(kind, offset, length, REQUEST.get(), self._loop.time(), data)
+        rng = self._rng
+        if kind == "read":
+            call.data = bytearray(length)
+        if rng.random() < self.profile.fail.get(kind, 0.0):
+            call.fails, call.error = True, errno.EIO
+        if kind == "write" and self._has_no_space_for(offset, length):
+            call.fails, call.error = True, errno.ENOSPC
+        self.calls.append(call)
+        self._watcher.call_began(self, call)
+        return call
+
+    def _has_no_space_for(self, offset: int, length: int) -> bool:
+        space_max = self.profile.space_max
+        if space_max is None:
+            return False
+        first, end = offset // self.hole_size, -(-(offset + length) // self.hole_size)
+        new = self.space[first:end].count(0) * self.hole_size
+        return self.used_bytes() + new > space_max
+
+    def _now(self, call: Call) -> None:
+        if call.fails:
+            self._spoil(call)
+        else:
+            self._land(call, call.offset, call.length)
+        self._end(call)
+        if call.fails:
+            raise OSError(call.error, f"simulated: {self.name}: {call}")
+
+    async def _later(self, call: Call) -> Call:
+        rng = self._rng
+        call.future = self._loop.create_future()
+        call.cuts = [call.end, *self._random_cuts(call)]
+        if rng.random() < self.profile.hang.get(call.kind, 0.0):
+            call.hangs_at = rng.randrange(len(call.cuts) + 1)
+        self._wait(call, len(call.cuts))
+        await call.future
+        return call
+
+    def _random_cuts(self, call: Call) -> list[int]:
+        """Ends of pieces inside the call, last one first: some at blocks, some anywhere."""
+        rng = self._rng
+        count = rng.randrange(self.profile.pieces_max)
+        if call.length < 2 or not count:
+            return []
+        cuts = set()
+        for _ in range(count):
+            cut = rng.randrange(call.offset + 1, call.end)
+            block = cut - cut % self.hole_size
+            cuts.add(block if rng.random() < 0.7 and block > call.offset else cut)
+        return sorted(cuts, reverse=True)
+
+    def _wait(self, call: Call, parts: int) -> None:
+        rng = self._rng
+        profile = self.profile
+        delay = rng.uniform(profile.latency_min_s, profile.latency_max_s) / parts
+        if rng.random() < profile.slow_chance:
+            delay *= profile.slow_factor
+        if rng.random() < 0.15:
+            delay = 0.0
+        if profile.quantum_s:
+            delay = math.ceil(delay / profile.quantum_s) * profile.quantum_s
+        if call.hangs_at is not None and len(call.cuts) <= call.hangs_at:
+            call.hangs_at = None
+            call.hung = True
+            self.hung_count += 1
+            if rng.random() >= profile.late_chance:
+                return
+            delay = profile.late_s
+        self._loop.complete_at(self._loop.time() + delay, self._advance, call)
+
+    def _advance(self, call: Call) -> None:
+        """The next piece of the call lands, or the call ends."""
+        wakes_at = self._wakes_at()
+        if wakes_at > self._loop.time():
+            if not call.hung:
+                call.hung = True
+                self.hung_count += 1
+            if wakes_at < math.inf:
+                self._loop.complete_at(wakes_at + 1e-3 * self._rng.random(), self._advance, call)
+            return
+        if call.cuts and call.fails and self._rng.random() < 1.5 / (len(call.cuts) + 0.5):
+            self._spoil(call)
+            call.cuts.clear()
+            if self._rng.random() < 0.5:
+                self._wait(call, 1)
+                return
+        if call.cuts:
+            cut = call.cuts.pop()
+            start = call.offset + call.landed
+            self._land(call, start, cut - start)
+            call.landed = cut - call.offset
+            if call.cuts or self._rng.random() < 0.4:
+                self._wait(call, len(call.cuts) + 1)
+                return
+        self._end(call)
+
+    def _end(self, call: Call) -> None:
+        call.ended, call.ended_at = True, self._loop.time()
+        self.calls.remove(call)
+        self._watcher.call_ended(self, call)
+        future = call.future
+        if future is not None and not future.done():
+            if call.fails:
+                future.set_exception(OSError(call.error, f"simulated: {self.name}: {call}"))
+            else:
+                future.set_result(None)
+        self._tell_closed()
+
+    def _tell_closed(self) -> None:
+        if self.closed and not self.calls:
+            for waiter in self._close_waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+            self._close_waiters.clear()
+
+    # content
+
+    def _land(self, call: Call, offset: int, length: int) -> None:
+        """The piece takes effect."""
+        content = self.content
+        end = offset + length
+        kind = call.kind
+        if kind == "read":
+            start = offset - call.offset
+            call.data[start : start + length] = content[offset:end]
+        elif kind == "write":
+            start = offset - call.offset
+            content[offset:end] = call.data[start : start + length]
+            self._take_space(offset, end)
+        elif kind == "extents":
+            if offset == call.offset:
+                call.data = self._extents(call.offset, call.length)
+        elif kind != "flush":
+            content[offset:end] = bytes(length)
+            if call.keep_space:
+                self._take_space(offset, end)
+            else:
+                self._free_space(call, offset, end)
+        self._watcher.call_landed(self, call, offset, length)
+
+    def _take_space(self, offset: int, end: int) -> None:
+        first, last = offset // self.hole_size, -(-end // self.hole_size)
+        self.space[first:last] = b"\x01" * (last - first)
+
+    def _free_space(self, call: Call, offset: int, end: int) -> None:
+        """Free the blocks that the call covers whole and of which this is the last piece.
+
+        Not those into which a write has landed between two pieces of this call.
+        """
+        size = self.hole_size
+        first = max(-(-call.offset // size), offset // size)
+        last = len(self.space) if end == self.size else end // size
+        for block in range(first, last):
+            if not any(self.content[block * size : (block + 1) * size]):
+                self.space[block] = 0
+
+    def _spoil(self, call: Call) -> None:
+        """A failed write: pieces of what had still to land are done, untouched or garbage."""
+        if call.kind not in CHANGES:
+            return
+        rng = self._rng
+        offset = call.offset + call.landed
+        while offset < call.end:
+            length = min(call.end - offset, max(1, rng.choice((self.hole_size, 512, call.length))))
+            luck = rng.random()
+            if luck < 0.6 and call.kind == "write":
+                self.content[offset : offset + length] = rng.randbytes(length)
+                self._take_space(offset, offset + length)
+                self._watcher.call_landed(self, call, offset, length)
+            elif luck < 0.8:
+                self._land(call, offset, length)
+            offset += length
+
+    def _extents(self, offset: int, length: int) -> list[Extent]:
+        size = self.hole_size
+        extents: list[Extent] = []
+        end = offset + length
+        while offset < end:
+            block = offset // size
+            stop = min(end, (block + 1) * size)
+            flags = 0 if self.space[block] else EXTENT_HOLE | EXTENT_ZERO
+            if not flags and not any(self.content[block * size : (block + 1) * size]):
+                flags = EXTENT_ZERO
+            if extents and extents[-1][1] == flags:
+                extents[-1] = (extents[-1][0] + stop - offset, flags)
+            else:
+                extents.append((stop - offset, flags))
+            offset = stop
+        return extents

@@ -1,0 +1,193 @@
+"""What one seed decides before a run begins: disks, devices, sessions, who does what and when.
+
+Everything here is drawn from ``random.Random`` of the seed and a name, so that a change to one
+part of a plan leaves the other parts of the same seed as they were.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, replace
+
+from .devices import Profile
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """One disk and its guests."""
+
+    name: str
+    size: int
+    unit: int
+    """The cluster size that sessions of this disk will have; requests are drawn around it."""
+    content: bytes
+    profile: Profile
+    guests: int
+    requests: int
+    """Per guest."""
+    depth: int
+    """Requests of one guest that may be in flight at a time."""
+    think_s: float
+    vanish_chance: float
+
+
+@dataclass(frozen=True)
+class SessionPlan:
+    """One session over one or more disks, and its clients."""
+
+    name: str
+    disks: tuple[int, ...]
+    arms_at_s: float
+    lives_s: float | None
+    """Until ``finish``; None: it is never finished."""
+    finish_failed: bool
+    on_cbw_error: str
+    cbw_timeout_s: float
+    temp_limit_clusters: int | None
+    cluster_size: int
+    temp_profile: Profile
+    make_temp_fails: bool
+    deadline_s: float
+    pulls: int
+    pull_trims: float
+    """Chance that a pull releases a range once it has it."""
+    trimmers: int
+    mappers: int
+    vanish_chance: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run."""
+
+    seed: int
+    kind: str
+    now_chance: float
+    """Chance that a client tries ``*_now`` before it awaits."""
+    disks: tuple[DiskPlan, ...]
+    sessions: tuple[SessionPlan, ...]
+
+
+KINDS = ("calm", "hung temp", "failing temp", "failing active", "crowd", "races", "limit", "long")
+
+
+def draw(seed: int) -> Plan:
+    """The plan of a seed."""
+    rng = random.Random(f"plan {seed}")
+    kind = rng.choices(KINDS, weights=(3, 5, 5, 2, 4, 8, 4, 1))[0]
+    now_chance = rng.choice((0.0, 0.0, 0.3, 1.0))
+    disk_count = rng.choices((1, 2, 3), weights=(6, 3, 1))[0]
+    if kind in ("races", "long"):
+        disk_count = 1
+    disks = tuple(
+        _disk(random.Random(f"disk {seed} {number}"), kind, number, disk_count)
+        for number in range(disk_count)
+    )
+    session_count = rng.choices((1, 2, 3), weights=(4, 3, 1))[0]
+    if kind == "crowd":
+        session_count = rng.randrange(2, 5)
+    sessions = tuple(
+        _session(random.Random(f"session {seed} {number}"), kind, number, disks)
+        for number in range(session_count)
+    )
+    return Plan(seed, kind, now_chance, disks, sessions)
+
+
+def _disk(rng: random.Random, kind: str, number: int, disk_count: int) -> DiskPlan:
+    unit = rng.choice((4096, 4096, 4096, 8192, 16384))
+    clusters = rng.randrange(1, 4) if kind == "races" else rng.randrange(2, 20)
+    if kind == "long":
+        unit, clusters = rng.choice(((65536, rng.randrange(17, 40)), (4096, rng.randrange(257, 400))))
+    size = unit * clusters + rng.choice((0, 0, 1, 512, 513, -1, -512, unit // 2, -(unit // 2)))
+    size = max(size, rng.choice((1, 512, unit)))
+    content = bytearray(rng.randbytes(size))
+    zero_share = rng.choice((0.0, 0.3, 0.7))
+    for cluster in range(-(-size // unit)):
+        if rng.random() < zero_share:
+            end = min(size, (cluster + 1) * unit)
+            content[cluster * unit : end] = bytes(end - cluster * unit)
+    profile = _profile(rng)
+    if kind == "failing active":
+        profile = replace(profile, fail={"read": 0.06, "write": 0.08, "zero": 0.1, "extents": 0.1})
+    if kind in ("hung temp", "crowd") and rng.random() < 0.4:
+        profile = replace(profile, hang={"read": 0.03, "extents": 0.02})
+    if rng.random() < 0.03:
+        profile = replace(profile, slow_chance=0.02, slow_factor=1000.0)
+    requests = rng.randrange(6, 22) // disk_count + 2
+    return DiskPlan(
+        name=("vda", "vdb", "vdc")[number],
+        size=size,
+        unit=unit,
+        content=bytes(content),
+        profile=profile,
+        guests=rng.choice((1, 2, 2, 3)),
+        requests=4 + requests // 3 if kind == "long" else requests,
+        depth=rng.choice((1, 2, 4, 8)),
+        think_s=rng.choice((0.0, 0.002, 0.01, 0.05)),
+        vanish_chance=rng.choice((0.0, 0.0, 0.1)),
+    )
+
+
+def _profile(rng: random.Random) -> Profile:
+    slowest = rng.choice((0.004, 0.02, 0.02, 0.1))
+    return Profile(
+        latency_min_s=slowest / 30,
+        latency_max_s=slowest,
+        slow_chance=rng.choice((0.0, 0.05)),
+        quantum_s=rng.choice((0.0, 0.0, slowest / 4, slowest)),
+        pieces_max=rng.choice((1, 2, 3, 5)),
+        now_chance=rng.choice((0.0, 0.0, 0.5, 0.9, 1.0)),
+        fast_zero=rng.random() < 0.8,
+    )
+
+
+def _session(
+    rng: random.Random, kind: str, number: int, disks: tuple[DiskPlan, ...]
+) -> SessionPlan:
+    chosen = tuple(sorted(rng.sample(range(len(disks)), rng.randrange(1, len(disks) + 1))))
+    unit = max(disks[index].unit for index in chosen)
+    slowest = max(disks[index].profile.latency_max_s for index in chosen)
+    profile = _profile(rng)
+    timeout_s = rng.choice((0.0, slowest * 3, slowest * 20, 5.0, 20.0))
+    limit = None
+    if kind == "hung temp":
+        hang = rng.choice(({"write": 0.15, "zero": 0.15}, {"read": 0.1, "write": 0.1, "trim": 0.1}))
+        profile = replace(profile, hang=hang, late_chance=rng.choice((0.0, 0.5, 0.9)))
+        profile = replace(profile, late_s=rng.choice((slowest * 30, 30.0, 400.0)))
+        if rng.random() < 0.4:
+            dies = rng.uniform(0.01, 0.3)
+            lives = dies + rng.choice((math.inf, 0.2, 60.0))
+            profile = replace(profile, dies_at_s=dies, lives_again_at_s=lives)
+        timeout_s = rng.choice((0.0, slowest * 3, slowest * 10, 1.0, 20.0))
+    if kind == "failing temp" or (kind == "races" and rng.random() < 0.5):
+        fail = rng.choice((0.1, 0.3))
+        profile = replace(
+            profile, fail={"write": fail, "zero": fail, "trim": fail / 3, "read": fail / 3}
+        )
+        if rng.random() < 0.3:
+            profile = replace(profile, space_max=unit * rng.randrange(1, 8))
+    if kind == "limit":
+        limit = rng.randrange(1, 6)
+        fail = rng.choice((0.0, 0.1, 0.3))
+        profile = replace(profile, fail={"write": fail, "trim": fail / 3})
+    break_guest = 0.85 if kind == "limit" else 0.5
+    return SessionPlan(
+        name=f"s{number}",
+        disks=chosen,
+        arms_at_s=rng.choice((0.0, 0.0, rng.uniform(0, 0.2))) if not number else rng.uniform(0, 0.3),
+        lives_s=rng.choice((None, None, rng.uniform(0.01, 0.5), 2.0)),
+        finish_failed=rng.random() < 0.3,
+        on_cbw_error="break-guest-write" if rng.random() < break_guest else "break-snapshot",
+        cbw_timeout_s=timeout_s,
+        temp_limit_clusters=limit,
+        cluster_size=unit,
+        temp_profile=profile,
+        make_temp_fails=rng.random() < 0.04,
+        deadline_s=rng.choice((5.0, 5.0, slowest)),
+        pulls=rng.choice((0, 1, 1, 2)),
+        pull_trims=rng.choice((0.0, 0.5, 1.0)),
+        trimmers=rng.choice((0, 1, 1, 2)) if kind != "races" else rng.choice((1, 2, 2, 3)),
+        mappers=rng.choice((0, 0, 1)),
+        vanish_chance=rng.choice((0.0, 0.0, 0.1)),
+    )
