@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleecenbd.nbd.constants import EXTENT_LENGTH_MAX, EXTENTS_MAX
@@ -182,6 +182,7 @@ def test_no_chunk_is_longer_than_the_advertised_maximum_payload(mode: str) -> No
     assert reply.chunks == [(2, 12), (1, 8 + 32 * MIB), (1, 8 + 31 * MIB)]
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(list(ALL)),
     st.integers(0, 3 * BLOCK),

@@ -1,7 +1,7 @@
 """RequestDecoder: bytes in, requests out."""
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fleecenbd.nbd.errors import ProtocolError
@@ -238,7 +238,7 @@ def test_a_feed_of_nothing_changes_nothing() -> None:
 
 
 @st.composite
-def conversations(draw: st.DrawFn) -> tuple[bool, bytes, list[Plain]]:
+def conversations(draw: st.DrawFn, long: int) -> tuple[bool, bytes, list[Plain]]:
     """(extended, bytes on the wire, the requests they are)."""
     extended = draw(st.booleans())
     data = b""
@@ -251,7 +251,7 @@ def conversations(draw: st.DrawFn) -> tuple[bool, bytes, list[Plain]]:
         if extended:
             has_payload = bool(flags & wire.PAYLOAD_LEN) and command != wire.DISC
         if has_payload:
-            length = draw(st.sampled_from([0, 1, 12, 27, 28, 29, 500, 1032, 1033, 20_000]))
+            length = draw(st.sampled_from([0, 1, 12, 27, 28, 29, 500, 1032, 1033, long]))
             payload = (b"%d" % cookie * (length + 1))[:length]
         else:
             length, payload = draw(st.integers(0, 2**32 - 1)), b""
@@ -263,7 +263,8 @@ def conversations(draw: st.DrawFn) -> tuple[bool, bytes, list[Plain]]:
     return extended, data, expected
 
 
-@given(conversations(), st.lists(st.tuples(st.integers(0, 30_000), st.booleans())))
+@settings(deadline=None)
+@given(conversations(20_000), st.lists(st.tuples(st.integers(0, 30_000), st.booleans())))
 @example((False, b"", []), [])
 def test_any_split_of_the_bytes_gives_the_same_requests(
     conversation: tuple[bool, bytes, list[Plain]], steps: list[tuple[int, bool]]
@@ -281,7 +282,8 @@ def test_any_split_of_the_bytes_gives_the_same_requests(
     assert decoder.buffered == 0
 
 
-@given(conversations(), st.binary(min_size=32, max_size=64), st.integers(1, 40))
+@settings(deadline=None)
+@given(conversations(1100), st.binary(min_size=32, max_size=64), st.integers(1, 40))
 def test_garbage_after_requests_is_a_protocol_error_and_nothing_else(
     conversation: tuple[bool, bytes, list[Plain]], garbage: bytes, step: int
 ) -> None:
