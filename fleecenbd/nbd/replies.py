@@ -253,10 +253,8 @@ class StructuredReplies:
             ((length, state),) = extents
             length = min(length, EXTENT_LENGTH_MAX)
             return _CHUNK_STATUS_ONE(magic, flags, kind, cookie, 12, context_id, length, state)
-        for index, (length, state) in enumerate(extents):
-            if length > EXTENT_LENGTH_MAX:
-                extents = [*extents[:index], (EXTENT_LENGTH_MAX, state)]
-                break
+        if max(extents)[0] > EXTENT_LENGTH_MAX:
+            extents = _cut_at_long_extent(extents)
         return _CHUNK(magic, flags, kind, cookie, 4 + 8 * len(extents)) + pack(
             f">{1 + 2 * len(extents)}I", context_id, *chain.from_iterable(extents)
         )
@@ -336,6 +334,12 @@ class ExtendedReplies(StructuredReplies):
         return _EXTENDED(magic, flags, kind, cookie, offset, 8 + 16 * count) + pack(
             f">II{2 * count}Q", context_id, count, *chain.from_iterable(extents)
         )
+
+
+def _cut_at_long_extent(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Extents up to the first that is too long for a compact reply, and a part of that one."""
+    index = next(index for index, (length, _) in enumerate(extents) if length > EXTENT_LENGTH_MAX)
+    return [*extents[:index], (EXTENT_LENGTH_MAX, extents[index][1])]
 
 
 def _error_payload(error: int, text: str, error_offset: int | None) -> tuple[int, bytes]:
