@@ -1,0 +1,142 @@
+"""The clients of a server: who is connected, to what, and what they may still take.
+
+Places: a guest export admits ``shared`` connections; fleecing exports together leave
+``guest_places`` free. When all places are taken, a new connection takes that of the oldest one
+which is still in its handshake, so that half-open connections cannot keep a guest out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from fleecenbd.nbd.catalog import ExportInfo
+from fleecenbd.nbd.constants import NBD_REP_ERR_POLICY
+from fleecenbd.nbd.errors import NegotiationError
+from fleecenbd.server.connection import Connection
+from fleecenbd.server.exports import Export, GuestExport
+from fleecenbd.server.limits import Budget, ServerLimits
+
+logger = logging.getLogger(__name__)
+
+FindExport = Callable[[str, bool], Export]
+"""(name, only fleecing exports) to the export; raises NegotiationError."""
+ListExports = Callable[[bool], Sequence[tuple[str, str]]]
+
+
+class ClientCatalog:
+    """What one client is offered (nbd.catalog.Catalog)."""
+
+    def __init__(self, clients: Clients, connection: Connection) -> None:
+        self._clients = clients
+        self._connection = connection
+
+    def list(self) -> Sequence[tuple[str, str]]:
+        """Name and description of each export."""
+        return self._clients.list_exports(self._connection.backup_only)
+
+    def info(self, name: str) -> ExportInfo:
+        """What the export is; takes no place."""
+        return self._clients.find_export(name, self._connection.backup_only).info
+
+    def open(self, name: str) -> tuple[ExportInfo, object]:
+        """Take a place at the export, or NBD_REP_ERR_POLICY with the reason."""
+        export = self._clients.find_export(name, self._connection.backup_only)
+        self._clients.take_place(export)
+        return export.info, export
+
+
+class Clients:
+    """All connections of a server."""
+
+    def __init__(
+        self, limits: ServerLimits, find_export: FindExport, list_exports: ListExports
+    ) -> None:
+        self.limits = limits
+        self.find_export = find_export
+        self.list_exports = list_exports
+        self.connections: dict[Connection, None] = {}
+        self._guest_budget = Budget(limits.bytes_max_all)
+        self._fleecing_budget = Budget(limits.bytes_max_all)
+        self._leftovers: dict[Export, set[asyncio.Task[None]]] = {}
+        self._owned: set[asyncio.Task[None]] = set()
+
+    def catalog_for(self, connection: Connection) -> ClientCatalog:
+        """The catalog that the connection's handshake asks."""
+        return ClientCatalog(self, connection)
+
+    def budget_for(self, export: Export) -> Budget:
+        """The budget that connections to this kind of export share."""
+        return self._guest_budget if export.is_guest else self._fleecing_budget
+
+    def of(self, export: Export) -> list[Connection]:
+        """The connections to an export, oldest first."""
+        return [connection for connection in self.connections if connection.export is export]
+
+    # -- places ----------------------------------------------------------------------------
+
+    def admit(self) -> bool:
+        """Is there a place for one more connection? May drop a half-open one for it."""
+        if len(self.connections) < self.limits.clients_max:
+            return True
+        for connection in self.connections:
+            if connection.handshaking:
+                connection.drop("its place was needed: too many connections are half open")
+                del self.connections[connection]
+                return True
+        return False
+
+    def add(self, connection: Connection) -> None:
+        self.connections[connection] = None
+
+    def take_place(self, export: Export) -> None:
+        """Raise NegotiationError where the export, or the server, has no place left."""
+        if isinstance(export, GuestExport):
+            here = self.of(export)
+            if export.shared and len(here) >= export.shared:
+                raise NegotiationError(
+                    NBD_REP_ERR_POLICY,
+                    f"{export.info.name} is in use by {here[0].peer}; a second client would "
+                    "corrupt its file systems (serve --shared N admits more)",
+                )
+            return
+        fleecing = sum(
+            connection.export is not None and not connection.export.is_guest
+            for connection in self.connections
+        )
+        if fleecing >= self.limits.clients_max - self.limits.guest_places:
+            raise NegotiationError(
+                NBD_REP_ERR_POLICY,
+                f"{fleecing} backup clients are connected already, and the other places are "
+                "kept for guests",
+            )
+
+    # -- ends ------------------------------------------------------------------------------
+
+    def lost(self, connection: Connection, in_flight: list[asyncio.Task[None]]) -> None:
+        """A connection has closed, with these requests still on their way."""
+        self.connections.pop(connection, None)
+        export = connection.export
+        if export is None:
+            return
+        logger.info("%s: gone from %s", connection.peer, export.info.name)
+        if export.is_guest and in_flight:
+            leftovers = self._leftovers.setdefault(export, set())
+            for task in in_flight:
+                leftovers.add(task)
+                task.add_done_callback(leftovers.discard)
+
+    def predecessors(self, export: Export) -> set[asyncio.Task[None]]:
+        """Requests to a guest export whose connections have closed before they ended."""
+        return set(self._leftovers.get(export, ()))
+
+    def own(self, task: asyncio.Task[None]) -> None:
+        """Keep a task that ends by itself."""
+        self._owned.add(task)
+        task.add_done_callback(self._owned.discard)
+
+    async def wait_leftovers(self) -> None:
+        """Return when every request of a closed connection has ended."""
+        while tasks := {task for tasks in self._leftovers.values() for task in tasks}:
+            await asyncio.wait(tasks)

@@ -1,0 +1,186 @@
+"""What a connection is served from: the one place where protocol, engine and storage meet.
+
+    GuestExport      a disk, read/write, as its guest sees it now
+    FleecingExport   a disk as of a session's arming: READ, BLOCK_STATUS and TRIM
+
+Both have the same calls, in pairs: ``*_now`` answers in the same step or says that it cannot;
+its partner may wait. Requests are inside the export, and allowed there: RequestRules has looked.
+Errors are OSError.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeAlias
+
+from fleecenbd.engine.disk import Disk
+from fleecenbd.engine.fleece import Fleece
+from fleecenbd.nbd.catalog import ExportInfo
+from fleecenbd.nbd.constants import (
+    NBD_FLAG_CAN_MULTI_CONN,
+    NBD_FLAG_HAS_FLAGS,
+    NBD_FLAG_READ_ONLY,
+    NBD_FLAG_SEND_CACHE,
+    NBD_FLAG_SEND_FAST_ZERO,
+    NBD_FLAG_SEND_FLUSH,
+    NBD_FLAG_SEND_FUA,
+    NBD_FLAG_SEND_TRIM,
+    NBD_FLAG_SEND_WRITE_ZEROES,
+    PAYLOAD_ADVERTISED,
+)
+from fleecenbd.storage.device import Buffer, Data, Extent
+
+BASE_ALLOCATION = "base:allocation"
+ACCESS = "x-fleecenbd:access"
+
+BLOCK_PREFERRED = 64 << 10
+"""Bytes."""
+
+
+ReadNow: TypeAlias = Callable[[int, int], Buffer | None]
+Read: TypeAlias = Callable[[int, int], Coroutine[Any, Any, Buffer]]
+
+
+class Export(Protocol):
+    """What a connection needs of an export."""
+
+    is_guest: bool
+    info: ExportInfo
+    read_now: ReadNow
+    read: Read
+
+    def write_now(self, offset: int, data: Data) -> bool:
+        """Write in this step, or False."""
+
+    async def write(self, offset: int, data: Data) -> None:
+        """Write."""
+
+    def trim_now(self, offset: int, length: int) -> bool:
+        """Discard in this step, or False."""
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Discard."""
+
+    async def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
+        """Zero the range."""
+
+    async def flush(self) -> None:
+        """Make durable what was replied to."""
+
+    async def status(
+        self, names: list[str], offset: int, length: int, *, one: bool
+    ) -> list[list[Extent]]:
+        """The extents of each meta context of ``names``, from ``offset`` on."""
+
+
+class GuestExport:
+    """A disk for its guest."""
+
+    is_guest = True
+
+    def __init__(self, disk: Disk, *, read_only: bool, shared: int) -> None:
+        self.disk = disk
+        self.shared = shared
+        flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA | NBD_FLAG_SEND_CACHE
+        if read_only:
+            flags |= NBD_FLAG_READ_ONLY
+        else:
+            flags |= NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO
+        if shared != 1:
+            flags |= NBD_FLAG_CAN_MULTI_CONN
+        self.info = ExportInfo(
+            name=disk.name,
+            description=f"guest disk {disk.name}",
+            size=disk.size,
+            flags=flags,
+            block_minimum=1,
+            block_preferred=BLOCK_PREFERRED,
+            block_maximum=PAYLOAD_ADVERTISED,
+            contexts=(BASE_ALLOCATION,),
+        )
+        self.read_now: ReadNow = disk.read_now
+        self.read: Read = disk.read
+        self.write_now = disk.write_now
+        self.write = disk.write
+
+    def trim_now(self, offset: int, length: int) -> bool:
+        """Never: fallocate can block."""
+        return False
+
+    async def trim(self, offset: int, length: int) -> None:
+        """A hint; what would have to be copied first stays."""
+        await self.disk.trim(offset, length)
+
+    async def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
+        """Zero the range; ENOTSUP when ``fast`` and it would not be."""
+        await self.disk.write_zeroes(offset, length, may_trim=may_trim, fast=fast)
+
+    async def flush(self) -> None:
+        """fdatasync."""
+        await self.disk.flush()
+
+    async def status(
+        self, names: list[str], offset: int, length: int, *, one: bool
+    ) -> list[list[Extent]]:
+        """base:allocation of the active image."""
+        extents = await self.disk.status(offset, length, one=one)
+        return [extents for _ in names]
+
+
+class FleecingExport:
+    """A disk as of its session's arming. A TRIM releases; a WRITE is refused."""
+
+    is_guest = False
+
+    def __init__(self, fleece: Fleece, *, description: str) -> None:
+        self.fleece = fleece
+        # Never READ_ONLY: clients refuse to TRIM a read-only export.
+        self.info = ExportInfo(
+            name=fleece.name,
+            description=description,
+            size=fleece.size,
+            flags=(
+                NBD_FLAG_HAS_FLAGS
+                | NBD_FLAG_SEND_FLUSH
+                | NBD_FLAG_SEND_TRIM
+                | NBD_FLAG_CAN_MULTI_CONN
+            ),
+            block_minimum=1,
+            block_preferred=max(BLOCK_PREFERRED, fleece.cluster_size),
+            block_maximum=PAYLOAD_ADVERTISED,
+            contexts=(BASE_ALLOCATION, ACCESS),
+        )
+        self.read_now: ReadNow = fleece.read_now
+        self.read: Read = fleece.read
+        self.trim_now = fleece.trim_now
+        self.trim = fleece.trim
+
+    def write_now(self, offset: int, data: Data) -> bool:
+        """Refused: EPERM."""
+        raise OSError(
+            errno.EPERM,
+            f"{self.info.name} is a point in time: it can be read and trimmed, not written",
+        )
+
+    async def write(self, offset: int, data: Data) -> None:
+        """Refused: EPERM."""
+        self.write_now(offset, data)
+
+    async def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
+        """Refused; not advertised, so RequestRules answers before."""
+        self.write_now(offset, b"")
+
+    async def flush(self) -> None:
+        """Nothing to make durable."""
+
+    async def status(
+        self, names: list[str], offset: int, length: int, *, one: bool
+    ) -> list[list[Extent]]:
+        """What was allocated at arming, and what may still be read, as of this call's end."""
+        allocation: list[Extent] = []
+        if BASE_ALLOCATION in names:
+            allocation = await self.fleece.status(offset, length, one=one)
+        # Taken in the last step before the reply.
+        access = self.fleece.access_status(offset, length) if ACCESS in names else []
+        return [allocation if name == BASE_ALLOCATION else access for name in names]

@@ -1,0 +1,344 @@
+"""The server: disks, sessions, listening sockets; and how it stops.
+
+Stopping must not be felt by a guest beyond a pause: requests in flight end, images are synced,
+and guest connections are *closed* without a reply to what else they sent. ESHUTDOWN is never sent
+on a guest export: QEMU hands it to the guest as an I/O error, while it repeats all that a closed
+connection left unanswered once it has reconnected. (docs/semantics.md, section 9)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from fleecenbd.engine.disk import Disk
+from fleecenbd.engine.fleece import Fleece
+from fleecenbd.engine.session import MakeTemp, Session, SessionOptions, arm
+from fleecenbd.nbd.constants import NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN
+from fleecenbd.nbd.errors import NegotiationError, shown_name
+from fleecenbd.server.clients import Clients
+from fleecenbd.server.connection import Connection
+from fleecenbd.server.exports import Export, FleecingExport, GuestExport
+from fleecenbd.server.limits import ServerLimits
+
+__all__ = ["Server", "ServerLimits"]
+
+logger = logging.getLogger(__name__)
+
+STOP_DEADLINE_S = 10.0
+"""Seconds that requests in flight have to end when the server stops."""
+ACCEPT_MAX = 16
+"""Connections accepted in one go."""
+ACCEPT_PAUSE_S = 0.5
+"""Seconds without accepting, after the process or the system ran out of descriptors."""
+FINISHED_MAX = 20
+"""Finished sessions that are remembered, for their reason."""
+LISTED_MAX = 20
+"""Export names in the message that refuses the empty name."""
+
+
+@dataclass(frozen=True)
+class _Listener:
+    socket: socket.socket
+    backup_only: bool
+
+
+class Server:
+    """Serves disks and sessions over the sockets it is given.
+
+    Must be made, and called, on the running loop's thread. ``shared``: connections that a guest
+    export admits, 0 for any number. ``default_export``: what the empty name means; None: it is
+    refused, with the list of names.
+    """
+
+    def __init__(
+        self,
+        *,
+        limits: ServerLimits | None = None,
+        default_export: str | None = None,
+        shared: int = 1,
+        read_only: bool = False,
+    ) -> None:
+        self.default_export = default_export
+        self.disks: dict[str, Disk] = {}
+        self.sessions: dict[str, Session] = {}
+        self.clients = Clients(limits or ServerLimits(), self._find_export, self._list_exports)
+        self._shared = shared
+        self._read_only = read_only
+        self._exports: dict[str, Export] = {}
+        self._finished: deque[tuple[str, str]] = deque(maxlen=FINISHED_MAX)
+        self._listeners: list[_Listener] = []
+        self._accepting: set[asyncio.Task[object]] = set()
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._stopping = False
+
+    # -- disks and sessions ----------------------------------------------------------------
+
+    def add_disk(self, disk: Disk) -> None:
+        """Serve a disk. Raises OSError(EEXIST) if its name is taken."""
+        if disk.name in self.disks:
+            raise OSError(errno.EEXIST, f"there is a disk called {disk.name} already")
+        self.disks[disk.name] = disk
+        self._exports[disk.name] = GuestExport(disk, read_only=self._read_only, shared=self._shared)
+
+    async def begin(
+        self,
+        name: str,
+        disks: Sequence[str] | None,
+        options: SessionOptions,
+        make_temp: MakeTemp,
+    ) -> Session:
+        """Begin a session over the disks of these names (None: all). Raises OSError."""
+        if name in self.sessions:
+            raise OSError(errno.EEXIST, f"there is a session called {name} already")
+        names = list(self.disks) if disks is None else list(disks)
+        for disk_name in names:
+            if disk_name not in self.disks:
+                raise OSError(errno.ENOENT, f"there is no disk called {disk_name}")
+        session = await arm(
+            name, [self.disks[disk] for disk in names], options, make_temp, clock=time.time
+        )
+        self.sessions[name] = session
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(session.armed_at))
+        for fleece in session.fleeces:
+            export = FleecingExport(
+                fleece,
+                description=f"{fleece.disk.name} as of {moment}, session {name} {session.id}",
+            )
+            self._exports[fleece.name] = export
+            fleece.state.on_dead.append(partial(self._fleece_died, fleece, export))
+        logger.info(
+            "session %s %s: begun over %s; guests were held for %.1f ms",
+            name,
+            session.id,
+            ", ".join(names),
+            session.pause_s * 1000,
+        )
+        return session
+
+    def finish(self, name: str, *, failed: bool = False) -> Session:
+        """End a session: its exports go, its requests get ESHUTDOWN. Raises OSError(ENOENT)."""
+        session = self.sessions.pop(name, None)
+        if session is None:
+            raise OSError(errno.ENOENT, f"there is no session called {name}")
+        session.finish(failed=failed)
+        for fleece in session.fleeces:
+            export = self._exports.pop(fleece.name)
+            result = "failed" if session.failed else "success"
+            self._finished.append((fleece.name, f"session {name} is finished ({result})"))
+            # A fleece that had broken told its clients so then; now they lose their export.
+            self._end_clients(fleece, export)
+        logger.info("session %s %s: finished", name, session.id)
+        return session
+
+    def _fleece_died(self, fleece: Fleece, export: FleecingExport) -> None:
+        if fleece.finished:
+            return  # ``finish`` closes the connections
+        logger.error("session of %s broke: %s", fleece.name, fleece.broken)
+        for connection in self.clients.of(export):
+            connection.fail_pending(fleece.state.death())
+
+    def _end_clients(self, fleece: Fleece, export: Export) -> None:
+        for connection in self.clients.of(export):
+            connection.finish(fleece.state.death())
+
+    # -- exports ---------------------------------------------------------------------------
+
+    def _find_export(self, name: str, backup_only: bool) -> Export:
+        if name == "":
+            if self.default_export is None:
+                raise NegotiationError(NBD_REP_ERR_POLICY, self._no_default(backup_only))
+            name = self.default_export
+        export = self._exports.get(name)
+        if export is None:
+            for finished, reason in reversed(self._finished):
+                if finished == name:
+                    raise NegotiationError(NBD_REP_ERR_UNKNOWN, f"{shown_name(name)}: {reason}")
+            raise NegotiationError(
+                NBD_REP_ERR_UNKNOWN, f"there is no export called {shown_name(name)}"
+            )
+        if backup_only and export.is_guest:
+            raise NegotiationError(
+                NBD_REP_ERR_POLICY,
+                f"{shown_name(name)} is a guest's disk; this listener serves backups only",
+            )
+        return export
+
+    def _list_exports(self, backup_only: bool) -> list[tuple[str, str]]:
+        return [
+            (name, export.info.description)
+            for name, export in self._exports.items()
+            if not (backup_only and export.is_guest)
+        ]
+
+    def _no_default(self, backup_only: bool) -> str:
+        names = [name for name, _ in self._list_exports(backup_only)]
+        shown = ", ".join(names[:LISTED_MAX]) + (", …" if len(names) > LISTED_MAX else "")
+        return f"name an export: {shown or 'there is none yet'}"
+
+    # -- listening -------------------------------------------------------------------------
+
+    def listen(self, sock: socket.socket, *, backup_only: bool = False) -> None:
+        """Accept clients on a bound, listening socket, which is the server's from now on."""
+        sock.setblocking(False)
+        listener = _Listener(sock, backup_only)
+        self._listeners.append(listener)
+        self._resume_accepting(listener)
+
+    def _resume_accepting(self, listener: _Listener) -> None:
+        if not self._stopping:
+            asyncio.get_running_loop().add_reader(listener.socket.fileno(), self._accept, listener)
+
+    def _accept(self, listener: _Listener) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(ACCEPT_MAX):
+            try:
+                sock, _ = listener.socket.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                # EMFILE and the like: the connection stays in the queue, and the loop must not
+                # spin on it.
+                logger.error("no connection can be accepted: %s", error.strerror)
+                loop.remove_reader(listener.socket.fileno())
+                self._later(ACCEPT_PAUSE_S, listener)
+                return
+            if not self.clients.admit():
+                logger.error(
+                    "a connection was refused: all %d places are taken",
+                    self.clients.limits.clients_max,
+                )
+                sock.close()
+                continue
+            connection = self._prepare(sock, backup_only=listener.backup_only)
+            if connection is not None:
+                task = loop.create_task(self._connect(connection, sock), name="accept")
+                self._accepting.add(task)
+                task.add_done_callback(self._accepting.discard)
+
+    def _later(self, delay_s: float, listener: _Listener) -> None:
+        def resume() -> None:
+            self._timers.discard(timer)
+            self._resume_accepting(listener)
+
+        timer = asyncio.get_running_loop().call_later(delay_s, resume)
+        self._timers.add(timer)
+
+    def _prepare(self, sock: socket.socket, *, backup_only: bool) -> Connection | None:
+        """Set the socket's options, and take the connection's place; None: it failed already."""
+        limits = self.clients.limits
+        try:
+            sock.setblocking(False)
+            if sock.family == socket.AF_UNIX:
+                credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                peer = f"pid {struct.unpack('iII', credentials)[0]}"
+            else:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, limits.keepalive_idle_s)
+                sock.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, limits.keepalive_interval_s
+                )
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, limits.keepalive_count)
+                host, port, *_ = sock.getpeername()
+                peer = f"{host}:{port}"
+        except OSError as error:
+            logger.info("a connection failed before it began: %s", error.strerror)
+            sock.close()
+            return None
+        connection = Connection(self.clients, peer, backup_only=backup_only)
+        self.clients.add(connection)
+        return connection
+
+    async def _connect(self, connection: Connection, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(lambda: connection, sock)
+        except OSError as error:
+            connection.connection_lost(error)
+            sock.close()
+
+    async def serve_connected(self, sock: socket.socket, *, backup_only: bool = False) -> None:
+        """Serve one client on a connected socket; returns when it has gone."""
+        connection = self._prepare(sock, backup_only=backup_only)
+        if connection is not None:
+            await self._connect(connection, sock)
+            await connection.lost
+
+    # -- stopping --------------------------------------------------------------------------
+
+    async def stop(self, *, deadline_s: float = STOP_DEADLINE_S) -> None:
+        """Stop: take no client and no request, let those in flight end, sync, close.
+
+        Sessions end. Images are closed when their last call has ended. Returns after
+        ``deadline_s`` at the latest, plus the time that syncing takes (bounded by the same).
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + deadline_s
+        self._stop_listening()
+        connections = list(self.clients.connections)
+        # Backups first: a guest must not wait for a session that nobody will read any more.
+        for name in list(self.sessions):
+            self.finish(name, failed=True)
+        drains = [
+            loop.create_task(connection.drain(), name=f"drain {connection.peer}")
+            for connection in connections
+        ]
+        await _until(deadline, [*drains, loop.create_task(self.clients.wait_leftovers())])
+        syncs = [
+            loop.create_task(self._sync(disk), name=f"sync {disk.name}")
+            for disk in self.disks.values()
+            if not self._read_only
+        ]
+        await _until(loop.time() + deadline_s, syncs)
+        for connection in connections:
+            if not connection.lost.done() and connection.in_flight:
+                connection.abort()
+        gone = [connection.lost for connection in connections]
+        await _until(min(deadline, loop.time() + 1.0), gone)
+        self.abort()
+        # A hung call keeps its image open; the process's end lets go of it.
+        closes = [loop.create_task(disk.device.wait_closed()) for disk in self.disks.values()]
+        await _until(loop.time() + 1.0, closes)
+
+    def abort(self) -> None:
+        """Stop at once: close every connection and image; calls in flight go on."""
+        self._stop_listening()
+        for connection in list(self.clients.connections):
+            connection.abort()
+        for name in list(self.sessions):
+            self.finish(name, failed=True)
+        for disk in self.disks.values():
+            disk.device.close()
+
+    async def _sync(self, disk: Disk) -> None:
+        try:
+            await disk.flush()
+        except OSError as error:
+            logger.error("%s could not be synced: %s", disk.device.name, error.strerror)
+
+    def _stop_listening(self) -> None:
+        self._stopping = True
+        loop = asyncio.get_running_loop()
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+        for listener in self._listeners:
+            loop.remove_reader(listener.socket.fileno())
+            listener.socket.close()
+        self._listeners.clear()
+
+
+async def _until(deadline: float, futures: Sequence[asyncio.Future[None]]) -> None:
+    """Return when all have ended, or at the deadline (loop time); what is left goes on."""
+    if futures:
+        timeout = max(0.0, deadline - asyncio.get_running_loop().time())
+        await asyncio.wait(futures, timeout=timeout)
