@@ -33,6 +33,8 @@ COPY_LENGTH_MAX = 1 << 20
 """Bytes. Neighbouring clusters are copied in one go up to this."""
 COPIES_MAX = 16
 """Copies of one fleece that hold a buffer at the same time."""
+QUEUED_MAX = 64
+"""Copies that wait for a slot before those that have been released are looked for."""
 
 ZEROES = bytes(COPY_LENGTH_MAX)
 
@@ -150,6 +152,15 @@ class BlockCopy:
 
     def _start_queued(self) -> None:
         access = self._state.access.bits
+        if len(self._queued) > QUEUED_MAX:
+            # Behind a temp image that hangs, what has been released must not pile up.
+            queued = list(self._queued)
+            self._queued.clear()
+            for copy in queued:
+                if access.find(1, copy.first, copy.end) < 0:
+                    self._end(copy, None)
+                else:
+                    self._queued.append(copy)
         while self._queued and len(self._tasks) < COPIES_MAX:
             copy = self._queued.popleft()
             if access.find(1, copy.first, copy.end) < 0:
@@ -166,9 +177,11 @@ class BlockCopy:
         self._start_queued()
 
     async def _run(self, copy: Copy) -> None:
-        error: OSError | None = None
+        # Until it has succeeded it has failed, whatever ends it.
+        error: OSError | None = OSError(errno.EIO, "the copy was cut off")
         try:
             await self._copy(copy)
+            error = None
         except OSError as caught:
             error = caught
         except Exception as caught:

@@ -28,6 +28,8 @@ WRITE_NOW_LENGTH_MAX = 1 << 20
 """Bytes. A longer write would keep the loop from everybody else: it goes to the pool."""
 PIECE_LENGTH_MAX = 32 << 20
 """Bytes of a guest's TRIM or WRITE_ZEROES that are made ready under one timer."""
+TRIM_PART_MIN = 64 << 10
+"""Bytes. Smaller parts of a guest's TRIM are left alone, where other parts must be."""
 
 
 class Disk:
@@ -89,10 +91,14 @@ class Disk:
         await self._active(self.device.zero(offset, length, may_trim=may_trim, fast=fast))
 
     async def trim(self, offset: int, length: int) -> None:
-        """A guest's discard, a hint: leaves alone what would have to be copied first."""
-        for start, run in self._trimmable(offset, length):
-            await self._before_write(_pieces(start, run))
-            await self._active(self.device.trim(start, run))
+        """A guest's discard, a hint: leaves alone what would have to be copied first.
+
+        Worked in pieces, each with its own timer.
+        """
+        for piece in _pieces(offset, length):
+            for start, run in self._trimmable(*piece):
+                await self._before_write([(start, run)])
+                await self._active(self.device.trim(start, run))
 
     async def flush(self) -> None:
         """Return when every write that was replied to is durable."""
@@ -138,7 +144,10 @@ class Disk:
         return False
 
     def _trimmable(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """The parts of the range that no fleece would have to copy first."""
+        """The parts of the range that no fleece would have to copy first.
+
+        Of a range that falls to pieces, only those that are worth a call.
+        """
         ranges = [(offset, length)]
         for fleece in self.fleeces:
             state = fleece.state
@@ -151,7 +160,7 @@ class Disk:
                     low_byte = max(start, (first + low) << state.shift)
                     free.append((low_byte, min(stop, (first + high) << state.shift) - low_byte))
             ranges = free
-        return ranges
+        return [part for part in ranges if part[1] >= TRIM_PART_MIN or part[1] == length]
 
     # -- arming ----------------------------------------------------------------------------
 
