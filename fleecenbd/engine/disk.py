@@ -93,11 +93,16 @@ class Disk:
     async def trim(self, offset: int, length: int) -> None:
         """A guest's discard, a hint: leaves alone what would have to be copied first.
 
-        Worked in pieces, each with its own timer.
+        Worked in pieces, each with its own timer. A part that a session does not let go is left
+        alone too: a request that fails for a session's sake must have changed no byte, and other
+        parts may have been discarded already.
         """
         for piece in _pieces(offset, length):
             for start, run in self._trimmable(*piece):
-                await self._before_write([(start, run)])
+                try:
+                    await self._before_write([(start, run)])
+                except OSError:
+                    continue
                 await self._active(self.device.trim(start, run))
 
     async def flush(self) -> None:
