@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import inspect
 import random
 from typing import TYPE_CHECKING
 
@@ -145,10 +144,13 @@ async def controller(world: World, plan: SessionPlan) -> None:
             raise OSError(errno.ENOSPC, "simulated: no room for a temp image")
         temp = world.make_temp(plan, engine_disk, cluster_size)
         temps.append(temp)
+        if len(temps) == len(disks):
+            # In this very step the engine begins to hold the guests.
+            world.armings_pending.append(plan)
+            for disk in disks:
+                disk.hold()
         return temp
 
-    for disk in disks:
-        disk.arming()
     began = world.loop.time()
     try:
         session = await world.arm(plan, disks, make_temp)
@@ -156,23 +158,24 @@ async def controller(world: World, plan: SessionPlan) -> None:
         _check_arming_failed(world, plan, temps, error, world.loop.time() - began)
         return
     finally:
-        for disk in disks:
-            disk.armed()
+        if plan in world.armings_pending:
+            world.armings_pending.remove(plan)
+            for disk in disks:
+                disk.release_hold()
     world.met["sessions armed"] += 1
     if session.pause_s > plan.deadline_s + 1e-6:
         world.checkers.violation(f"L: arming {plan.name} held guests for {session.pause_s} s")
     world.checkers.after_step()
     watches = [world.checkers.by_temp[fleece.temp] for fleece in session.fleeces]
     for watch in watches:
+        watch.session = session
         for actor, count in ((pull, plan.pulls), (trimmer, plan.trimmers), (mapper, plan.mappers)):
             for number in range(count):
                 world.spawn(actor(world, watch, plan, number), f"{actor.__name__} {watch.name}")
     if plan.lives_s is None:
         return
     await asyncio.sleep(plan.lives_s)
-    ending = session.finish(failed=plan.finish_failed)
-    if inspect.isawaitable(ending):
-        await ending
+    session.finish(failed=plan.finish_failed)
     world.met["sessions finished"] += 1
     if any(not watch.fleece.finished for watch in watches):
         world.checkers.violation(f"X: {plan.name} was finished on some of its disks only")

@@ -55,6 +55,7 @@ class FleeceWatch:
         self.failure_seen = False
         """A device call failed that a copy needed, on a cluster with access."""
         self.dead_at: float | None = None
+        self.session: Any = None
         self.ranges_in_flight: list[tuple[int, int]] = []
 
     @property
@@ -122,7 +123,7 @@ class Checkers:
             self.by_temp[watch.temp] = watch
             disk.watches.append(watch)
             for request in disk.pending:
-                request.timers_s += plan.cbw_timeout_s
+                request.timers_s += plan.cbw_timeout_s * request.pieces
                 request.untimed |= plan.cbw_timeout_s == 0
             missing = [
                 index
@@ -259,10 +260,14 @@ class Checkers:
     # devices
 
     def call_began(self, device: SimDevice, call: Call) -> None:
-        if isinstance(call.request, GuestWrite) and call.kind in CHANGES and not device.is_temp:
-            call.request.changes.append(call)
         if self.world.tracing:
             self.world.log(f"    {device.name}: {call} begins")
+        if call.kind in CHANGES and not device.is_temp:
+            if isinstance(call.request, GuestWrite):
+                call.request.changes.append(call)
+            if self.world.disk_of[device].holds:
+                self.violation(f"T0: {call} of {device.name} began while an arming holds guests")
+        self.world.react(device, call)
 
     def call_landed(self, device: SimDevice, call: Call, offset: int, length: int) -> None:
         if call.kind not in CHANGES or not length:
@@ -324,6 +329,13 @@ class Checkers:
                     self.violation(f"L: {request} waits for nothing")
         for client in self.world.clients_pending:
             self._check_client_waits(client)
+        for plan in self.world.armings_pending:
+            if not any(
+                call.kind in CHANGES
+                for index in plan.disks
+                for call in self.world.disks[index].device.calls
+            ):
+                self.violation(f"L: arming {plan.name} waits for nothing, and guests wait for it")
 
     def _has_reason(self, disk: SimDisk, request: GuestRequest) -> bool:
         if disk.holds:
@@ -343,7 +355,7 @@ class Checkers:
             if low < high and access.find(1, low, high) >= 0:
                 start = copy.first << watch.shift
                 stop = copy.end << watch.shift
-                if len(copies) > self.world.engine.constants["COPIES_MAX"] or any(
+                if len(copies) > self.world.engine.limit("COPIES_MAX") or any(
                     call.offset < stop and start < call.end
                     for device in (watch.temp, watch.disk.device)
                     for call in device.calls
@@ -375,7 +387,8 @@ class Checkers:
             if not watch.temp.calls:
                 self.violation(f"L: {client} waits for nothing")
         elif not any(
-            call.request is client for device in (watch.temp, watch.disk.device)
+            call.request is client
+            for device in (watch.temp, watch.disk.device)
             for call in device.calls
         ):
             self.violation(f"L: {client} waits for nothing")
@@ -431,6 +444,6 @@ class Checkers:
             held = watch.temp.holds(cluster * size, size)
             if held and not charged[cluster]:
                 self.violation(f"S: {watch.name}: cluster {cluster} holds space uncharged")
-            if held and not watch.fleece.access.bits[cluster]:
-                if not pending and not watch.punch_failed:
-                    self.violation(f"S: {watch.name}: released cluster {cluster} holds space")
+            released = not watch.fleece.access.bits[cluster]
+            if held and released and not pending and not watch.punch_failed:
+                self.violation(f"S: {watch.name}: released cluster {cluster} holds space")

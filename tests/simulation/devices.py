@@ -214,9 +214,9 @@ class SimDevice:
 
     def _call(self, kind: str, offset: int, length: int, data: Data | None) -> Call:
         if self.closed:
-            self._watcher.violation(f"{kind} {offset}+{length} on {self.name} after its close")
-        if offset < 0 or length < 0 or offset + length > self.size or (not length and kind in ("read", "write")):
-            self._watcher.violation(f"{kind} {offset}+{length} is outside of {self.name}")
+            self._watcher.violation(f"S: {kind} {offset}+{length} on {self.name} after its close")
+        if offset < 0 or offset + length > self.size or (length < 1 and kind != "flush"):
+            self._watcher.violation(f"X: {kind} {offset}+{length} is outside of {self.name}")
         call = Call(kind, offset, length, REQUEST.get(), self._loop.time(), data)
         rng = self._rng
         if kind == "read":

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
+
+LIMITS = {
+    "COPY_LENGTH_MAX": "block_copy",
+    "COPIES_MAX": "block_copy",
+    "READ_NOW_LENGTH_MAX": "snapshot_access",
+    "RANGES_MAX": "parts",
+    "WRITE_NOW_LENGTH_MAX": "disk",
+    "PIECE_LENGTH_MAX": "disk",
+    "TRIM_PART_MIN": "disk",
+    "STATUS_WINDOW": "extents",
+    "STATUS_EXTENTS_MAX": "extents",
+}
+"""Limits of the engine that a plan may lower, so that small disks meet them, and their modules."""
 
 
 @dataclass(frozen=True)
@@ -15,8 +30,25 @@ class Engine:
     disk: Callable[..., Any]
     arm: Callable[..., Any]
     session_options: Callable[..., Any]
-    constants: dict[str, int]
-    """Limits that the checkers must know: COPIES_MAX."""
+    modules: Mapping[str, ModuleType]
+    """The modules of LIMITS."""
+
+    def limit(self, name: str) -> int:
+        """The value of a limit now."""
+        value: int = getattr(self.modules[LIMITS[name]], name)
+        return value
+
+    @contextmanager
+    def with_limits(self, limits: Mapping[str, int]) -> Iterator[None]:
+        """The engine with other limits, for as long as a run lasts."""
+        saved = {name: self.limit(name) for name in limits}
+        try:
+            for name, value in limits.items():
+                setattr(self.modules[LIMITS[name]], name, value)
+            yield
+        finally:
+            for name, value in saved.items():
+                setattr(self.modules[LIMITS[name]], name, value)
 
 
 def from_modules(find: Callable[[str], Any]) -> Engine:
@@ -26,7 +58,7 @@ def from_modules(find: Callable[[str], Any]) -> Engine:
         disk=find("fleecenbd.engine.disk").Disk,
         arm=session.arm,
         session_options=session.SessionOptions,
-        constants={"COPIES_MAX": find("fleecenbd.engine.block_copy").COPIES_MAX},
+        modules={name: find(f"fleecenbd.engine.{name}") for name in set(LIMITS.values())},
     )
 
 

@@ -63,7 +63,9 @@ class GatedCall:
 class GatedDevice:
     """A memory device with gates by kind of call: read, write, zero, trim, flush, extents."""
 
-    def __init__(self, name: str, size: int, content: bytes = b"", *, hole_size: int = 4096) -> None:
+    def __init__(
+        self, name: str, size: int, content: bytes = b"", *, hole_size: int = 4096
+    ) -> None:
         self.name = name
         self.size = size
         self.hole_size = hole_size
@@ -172,7 +174,8 @@ class GatedDevice:
 
     def _begin(self, kind: str, offset: int, length: int) -> None:
         assert not self.closed, f"{kind} {offset}+{length} on {self.name} after its close"
-        assert 0 <= offset and offset + length <= self.size, f"{kind} {offset}+{length}: outside"
+        assert offset >= 0, f"{kind} {offset}+{length}: outside"
+        assert offset + length <= self.size, f"{kind} {offset}+{length}: outside"
         self.log.append(f"{kind} {offset}+{length}")
 
     async def _call(self, kind: str, offset: int, length: int, data: Data = b"") -> Any:

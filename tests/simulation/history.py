@@ -9,6 +9,7 @@ so it does not replace what was there before.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -52,9 +53,9 @@ class GuestWrite:
             return seen == expected
         end = offset + len(seen)
         for change in self.changes:
-            if change.offset < end and offset < change.end:
-                if change.fails or seen == expected:
-                    return True
+            overlaps = change.offset < end and offset < change.end
+            if overlaps and (change.fails or seen == expected):
+                return True
         return False
 
     def __str__(self) -> str:
@@ -84,23 +85,17 @@ class History:
             for change in write.changes if not write.acknowledged else ():
                 edges.update(e for e in (change.offset, change.end) if offset < e < end)
         marks = sorted(edges)
-        for start, stop in zip(marks, marks[1:], strict=False):
+        for start, stop in itertools.pairwise(marks):
             covering = [w for w in writes if w.offset <= start and stop <= w.end]
             piece = seen[start - offset : stop - offset]
             if not self._explained(covering, start, piece, began):
                 return f"bytes {start}..{stop} are {piece[:8].hex()}; " + self._story(covering)
         return None
 
-    def _explained(
-        self, covering: list[GuestWrite], start: int, seen: bytes, began: float
-    ) -> bool:
+    def _explained(self, covering: list[GuestWrite], start: int, seen: bytes, began: float) -> bool:
         """Whether each byte has a write, or the first content, that explains it."""
         last_sent = max(
-            (
-                w.sent
-                for w in covering
-                if w.acknowledged and w.kind != "trim" and w.replied < began
-            ),
+            (w.sent for w in covering if w.acknowledged and w.kind != "trim" and w.replied < began),
             default=-math.inf,
         )
         candidates = [w for w in covering if w.replied >= last_sent]

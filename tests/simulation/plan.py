@@ -67,6 +67,11 @@ class Plan:
     """Chance that a client tries ``*_now`` before it awaits."""
     disks: tuple[DiskPlan, ...]
     sessions: tuple[SessionPlan, ...]
+    limits: dict[str, int]
+    """Limits of the engine that are lowered for this run (engine.LIMITS)."""
+    reacts: float
+    """Chance that a device call makes somebody do something about its range, while it lasts."""
+    reactions_max: int
 
 
 KINDS = ("calm", "hung temp", "failing temp", "failing active", "crowd", "races", "limit", "long")
@@ -76,7 +81,8 @@ def draw(seed: int) -> Plan:
     """The plan of a seed."""
     rng = random.Random(f"plan {seed}")
     kind = rng.choices(KINDS, weights=(3, 5, 5, 2, 4, 8, 4, 1))[0]
-    now_chance = rng.choice((0.0, 0.0, 0.3, 1.0))
+    now_chance = rng.choice((0.0, 0.3, 0.6, 1.0))
+    reacts = rng.choice((0.0, 0.1, 0.3, 0.6))
     disk_count = rng.choices((1, 2, 3), weights=(6, 3, 1))[0]
     if kind in ("races", "long"):
         disk_count = 1
@@ -91,14 +97,30 @@ def draw(seed: int) -> Plan:
         _session(random.Random(f"session {seed} {number}"), kind, number, disks)
         for number in range(session_count)
     )
-    return Plan(seed, kind, now_chance, disks, sessions)
+    limits = _limits(rng, disks[0].unit) if rng.random() < 0.5 else {}
+    return Plan(seed, kind, now_chance, disks, sessions, limits, reacts, reactions_max=40)
+
+
+def _limits(rng: random.Random, unit: int) -> dict[str, int]:
+    return {
+        "COPY_LENGTH_MAX": unit * rng.choice((1, 2, 3, 64)),
+        "COPIES_MAX": rng.choice((1, 2, 3, 16)),
+        "READ_NOW_LENGTH_MAX": unit * rng.choice((1, 4, 64)),
+        "RANGES_MAX": rng.choice((1, 2, 64)),
+        "WRITE_NOW_LENGTH_MAX": unit * rng.choice((1, 4, 64)),
+        "PIECE_LENGTH_MAX": rng.choice((unit, unit * 2, unit + 512, 1 << 20)),
+        "TRIM_PART_MIN": rng.choice((1, 4096, 4096)),
+        "STATUS_WINDOW": unit * rng.choice((1, 2, 64)),
+        "STATUS_EXTENTS_MAX": rng.choice((1, 3, 1 << 14)),
+    }
 
 
 def _disk(rng: random.Random, kind: str, number: int, disk_count: int) -> DiskPlan:
     unit = rng.choice((4096, 4096, 4096, 8192, 16384))
     clusters = rng.randrange(1, 4) if kind == "races" else rng.randrange(2, 20)
     if kind == "long":
-        unit, clusters = rng.choice(((65536, rng.randrange(17, 40)), (4096, rng.randrange(257, 400))))
+        few, many = (65536, rng.randrange(17, 40)), (4096, rng.randrange(257, 400))
+        unit, clusters = rng.choice((few, many))
     size = unit * clusters + rng.choice((0, 0, 1, 512, 513, -1, -512, unit // 2, -(unit // 2)))
     size = max(size, rng.choice((1, 512, unit)))
     content = bytearray(rng.randbytes(size))
@@ -111,10 +133,10 @@ def _disk(rng: random.Random, kind: str, number: int, disk_count: int) -> DiskPl
     if kind == "failing active":
         profile = replace(profile, fail={"read": 0.06, "write": 0.08, "zero": 0.1, "extents": 0.1})
     if kind in ("hung temp", "crowd") and rng.random() < 0.4:
-        profile = replace(profile, hang={"read": 0.03, "extents": 0.02})
+        profile = replace(profile, hang={"read": 0.03, "extents": 0.03})
     if rng.random() < 0.03:
         profile = replace(profile, slow_chance=0.02, slow_factor=1000.0)
-    requests = rng.randrange(6, 22) // disk_count + 2
+    requests = rng.randrange(8, 32) // disk_count + 2
     return DiskPlan(
         name=("vda", "vdb", "vdc")[number],
         size=size,
@@ -137,7 +159,7 @@ def _profile(rng: random.Random) -> Profile:
         slow_chance=rng.choice((0.0, 0.05)),
         quantum_s=rng.choice((0.0, 0.0, slowest / 4, slowest)),
         pieces_max=rng.choice((1, 2, 3, 5)),
-        now_chance=rng.choice((0.0, 0.0, 0.5, 0.9, 1.0)),
+        now_chance=rng.choice((0.0, 0.0, 0.4, 0.7, 0.9)),
         fast_zero=rng.random() < 0.8,
     )
 
@@ -171,11 +193,14 @@ def _session(
         limit = rng.randrange(1, 6)
         fail = rng.choice((0.0, 0.1, 0.3))
         profile = replace(profile, fail={"write": fail, "trim": fail / 3})
+    arms_at_s = rng.choice((0.0, 0.0, rng.uniform(0, 0.2)))
+    if number:
+        arms_at_s = rng.uniform(0, 0.3)
     break_guest = 0.85 if kind == "limit" else 0.5
     return SessionPlan(
         name=f"s{number}",
         disks=chosen,
-        arms_at_s=rng.choice((0.0, 0.0, rng.uniform(0, 0.2))) if not number else rng.uniform(0, 0.3),
+        arms_at_s=arms_at_s,
         lives_s=rng.choice((None, None, rng.uniform(0.01, 0.5), 2.0)),
         finish_failed=rng.random() < 0.3,
         on_cbw_error="break-guest-write" if rng.random() < break_guest else "break-snapshot",
@@ -188,6 +213,6 @@ def _session(
         pulls=rng.choice((0, 1, 1, 2)),
         pull_trims=rng.choice((0.0, 0.5, 1.0)),
         trimmers=rng.choice((0, 1, 1, 2)) if kind != "races" else rng.choice((1, 2, 2, 3)),
-        mappers=rng.choice((0, 0, 1)),
+        mappers=rng.choice((0, 1, 1)),
         vanish_chance=rng.choice((0.0, 0.0, 0.1)),
     )

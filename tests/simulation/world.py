@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import actors, engine
+from . import actors, engine, reactions
 from .checkers import Checkers, FleeceWatch, Violation
-from .devices import SimDevice
+from .devices import Call, SimDevice
 from .history import History
 from .loop import Spinning, VirtualLoop
 from .plan import DiskPlan, Plan, SessionPlan, draw
@@ -46,7 +46,7 @@ class SimDisk:
     pending: list[GuestRequest] = field(default_factory=list)
     reads_seen: list[GuestRead] = field(default_factory=list)
     holds: int = 0
-    """Armings that are under way and may hold guests."""
+    """Armings that hold this disk's guests now."""
     held_since: float = 0.0
     held_before_s: float = 0.0
 
@@ -58,18 +58,18 @@ class SimDisk:
     def size(self) -> int:
         return self.plan.size
 
-    def arming(self) -> None:
+    def hold(self) -> None:
         if not self.holds:
             self.held_since = self.loop.time()
         self.holds += 1
 
-    def armed(self) -> None:
+    def release_hold(self) -> None:
         self.holds -= 1
         if not self.holds:
             self.held_before_s = self.held_s(ended=True)
 
     def held_s(self, *, ended: bool = False) -> float:
-        """Seconds of virtual time in which an arming may have held this disk's guests."""
+        """Seconds of virtual time in which an arming held this disk's guests."""
         if self.holds or ended:
             return self.held_before_s + self.loop.time() - self.held_since
         return self.held_before_s
@@ -91,6 +91,8 @@ class World:
         self.devices: list[SimDevice] = []
         self.plan_of_temp: dict[SimDevice, SessionPlan] = {}
         self.clients_pending: list[ClientRequest] = []
+        self.armings_pending: list[SessionPlan] = []
+        self.reactions_left = plan.reactions_max
         self._ticks = itertools.count(1)
         self._names: Counter[str] = Counter()
         self.disks = [self._make_disk(disk) for disk in plan.disks]
@@ -169,6 +171,11 @@ class World:
         if failure is not None and self.found is None:
             self.found = f"X: {task.get_name()} raised {failure!r}"
 
+    def react(self, device: SimDevice, call: Call) -> None:
+        """A call began: perhaps somebody does something about its range while it lasts."""
+        if self.reactions_left and self.rng.random() < self.plan.reacts:
+            reactions.react(self, device, call)
+
     def log(self, text: str) -> None:
         if self.tracing:
             self.trace.append(f"{self.loop.time() * 1000:11.3f} ms  {text}")
@@ -201,7 +208,8 @@ class World:
         for session in self.plan.sessions:
             self.spawn(actors.controller(self, session), f"controller {session.name}")
         try:
-            self.loop.run_until_idle()
+            with self.engine.with_limits(self.plan.limits):
+                self.loop.run_until_idle()
             self.checkers.at_end()
             self._check_tasks_at_end()
         except Violation as violation:
@@ -227,8 +235,6 @@ class World:
             self.stop_with(f"L: tasks are left over: {self.loop.who_waits()}")
 
 
-def run(
-    seed: int, under_test: engine.Engine | None = None, *, tracing: bool = False
-) -> Outcome:
+def run(seed: int, under_test: engine.Engine | None = None, *, tracing: bool = False) -> Outcome:
     """Run one seed. A pure function of the seed and the engine."""
     return World(draw(seed), under_test or engine.real(), tracing=tracing).run()
