@@ -11,10 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
+
+import nbd
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
@@ -22,6 +24,10 @@ COMMAND_TIMEOUT_S = 120.0
 
 # Beside the interpreter that runs the tests, whatever PATH says.
 FLEECENBD = Path(sys.executable).parent / "fleecenbd"
+
+# Clients that are Python scripts (nbdsh) take the first python3 on their path, which must be one
+# that has libnbd's module; mkfs and its like live in sbin.
+CLIENTS_PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 class Serving:
@@ -147,6 +153,21 @@ def _wait_until_ready(
         os.close(end_of_process)
 
 
+@contextmanager
+def connected(uri: str, prepare: Callable[[nbd.NBD], object] | None = None) -> Iterator[nbd.NBD]:
+    """A libnbd client on a URI, gone at the end of the block; `prepare` comes before connect."""
+    client = nbd.NBD()
+    if prepare is not None:
+        prepare(client)
+    client.connect_uri(uri)
+    try:
+        yield client
+    finally:
+        # There is no call that closes: the connection ends by DISC, or when the object does.
+        if client.aio_is_ready() or client.aio_is_processing():
+            client.shutdown(nbd.SHUTDOWN_ABANDON_PENDING)
+
+
 def run(*command: str | Path, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
     """Run a client to its end; its standard output. It must succeed."""
     result = try_run(*command, timeout_s=timeout_s)
@@ -166,6 +187,7 @@ def try_run(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        env={**os.environ, "PATH": CLIENTS_PATH},
         timeout=timeout_s,
         check=False,
     )

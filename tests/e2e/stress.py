@@ -24,7 +24,6 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +32,7 @@ import nbd
 import pytest
 
 from tests.disks import KIB, MIB, copy_disk, first_difference, make_disk
-from tests.serving import COMMAND_TIMEOUT_S, Serving, run, serving
+from tests.serving import COMMAND_TIMEOUT_S, Serving, connected, run, serving
 
 SIZE = 64 * MIB + 512
 FIO_SIZE = 64 * MIB
@@ -98,10 +97,8 @@ _DISKS = ((0, "vda"), (1, "vdb"))
 def _warm_up(server: Serving) -> None:
     """Let the server open whatever it opens once: one short visit to each export."""
     for name in ("vda", "vdb", "vda@nightly", "vdb@nightly"):
-        with closing(nbd.NBD()) as client:
-            client.connect_uri(server.uri(name))
+        with connected(server.uri(name)) as client:
             client.pread(4096, 0)
-            client.shutdown()
     # The last visitors may not have been waved off yet.
     deadline = time.monotonic() + SETTLE_TIMEOUT_S
     fewest = len(server.open_files())
@@ -160,8 +157,7 @@ def _read_and_trim(server: Serving, before: Path, seed: int, counts: Counts) -> 
     ends = sorted({0, SIZE, *inside, *dice.sample(range(0, SIZE, 4 * KIB), 2500)})
     pieces = [(offset, end - offset) for offset, end in pairwise(ends)]
     dice.shuffle(pieces)
-    with closing(nbd.NBD()) as client:
-        client.connect_uri(server.uri("vdb@nightly"))
+    with connected(server.uri("vdb@nightly")) as client:
         for offset, length in pieces:
             assert bytes(client.pread(length, offset)) == content[offset : offset + length], (
                 f"a fleecing read differs in [{offset}, {offset + length})"
@@ -174,7 +170,6 @@ def _read_and_trim(server: Serving, before: Path, seed: int, counts: Counts) -> 
                 client.pread(1, offset)
             assert caught.value.errnum == errno.EINVAL, caught.value.string
             counts.refused += 1
-        client.shutdown()
 
 
 def _kill(server: Serving, seed: int, writing: threading.Event, counts: Counts) -> None:

@@ -1,8 +1,7 @@
 """What the tests with other people's clients share. A missing tool is an error, never a skip."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import nbd
 import pytest
 
 from tests.disks import KIB, MIB, copy_disk, make_disk
-from tests.serving import Serving, serving
+from tests.serving import Serving, connected, serving
 
 TOOLS = (
     "nbdcopy",
@@ -62,21 +61,6 @@ def fleeced(tmp_path: Path) -> Iterator[Fleeced]:
         with connected(server.uri("vm")) as guest:
             overwrite(guest, [(0, 70 * KIB), (3 * MIB + 5, 200 * KIB), (size - 512, 512)])
         yield Fleeced(server, disk, before, size)
-
-
-@contextmanager
-def connected(uri: str, prepare: Callable[[nbd.NBD], object] | None = None) -> Iterator[nbd.NBD]:
-    """A libnbd handle on a URI, closed at the end of the block; `prepare` comes before connect."""
-    handle = nbd.NBD()
-    try:
-        if prepare is not None:
-            prepare(handle)
-        handle.connect_uri(uri)
-        yield handle
-        if handle.aio_is_ready():
-            handle.shutdown()
-    finally:
-        handle.close()
 
 
 def overwrite(guest: nbd.NBD, ranges: list[tuple[int, int]]) -> None:

@@ -2,24 +2,32 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tests.disks import MIB, first_difference
-from tests.interop.conftest import Fleeced, connected
-from tests.serving import run
+from tests.interop.conftest import Fleeced
+from tests.serving import connected, run
+
+
+def _fio(folder: Path, uri: str, *options: str) -> dict[str, Any]:
+    """fio's report on its one job, which did not fail."""
+    report = folder / "fio.json"
+    run(
+        *("fio", "--name=guest", "--ioengine=nbd", f"--uri={uri}", f"--size={8 * MIB}", *options),
+        *("--output-format=json", f"--output={report}", f"--aux-path={folder}"),
+    )
+    # A greeting of the engine may stand before the report.
+    text = report.read_text()
+    job: dict[str, Any] = json.loads(text[text.index("{") :])["jobs"][0]
+    assert job["error"] == 0
+    return job
 
 
 def test_fio_verifies_what_it_wrote_and_the_backup_is_untouched(
     fleeced: Fleeced, tmp_path: Path
 ) -> None:
-    report = json.loads(
-        run(
-            *("fio", "--name=guest", "--ioengine=nbd", f"--uri={fleeced.guest}", "--rw=randwrite"),
-            *("--bs=4k", f"--size={8 * MIB}", "--iodepth=32", "--verify=crc32c", "--do_verify=1"),
-            *("--verify_fatal=1", "--output-format=json", f"--aux-path={tmp_path}"),
-        )
-    )
-    job = report["jobs"][0]
-    assert job["error"] == 0
+    verify = ("--verify=crc32c", "--do_verify=1", "--verify_fatal=1")
+    job = _fio(tmp_path, fleeced.guest, "--rw=randwrite", "--bs=4k", "--iodepth=32", *verify)
     assert job["write"]["total_ios"] == 8 * MIB // 4096
     assert job["read"]["total_ios"] == 8 * MIB // 4096
     run("nbdcopy", fleeced.backup, tmp_path / "backup.raw")
@@ -27,15 +35,11 @@ def test_fio_verifies_what_it_wrote_and_the_backup_is_untouched(
 
 
 def test_fio_mixes_reads_writes_and_trims(fleeced: Fleeced, tmp_path: Path) -> None:
-    for pattern in ("randrw", "randtrim"):
-        report = json.loads(
-            run(
-                *("fio", "--name=guest", "--ioengine=nbd", f"--uri={fleeced.guest}"),
-                *(f"--rw={pattern}", "--bsrange=512-64k", f"--size={8 * MIB}", "--iodepth=16"),
-                *("--output-format=json", f"--aux-path={tmp_path}"),
-            )
-        )
-        assert report["jobs"][0]["error"] == 0, pattern
+    sizes = ("--bsrange=512-64k", "--iodepth=16")
+    mixed = _fio(tmp_path, fleeced.guest, "--rw=randrw", *sizes)
+    assert mixed["read"]["total_ios"] > 0
+    assert mixed["write"]["total_ios"] > 0
+    assert _fio(tmp_path, fleeced.guest, "--rw=randtrim", *sizes)["trim"]["total_ios"] > 0
     run("nbdcopy", fleeced.backup, tmp_path / "backup.raw")
     assert first_difference(fleeced.before, tmp_path / "backup.raw") is None
 

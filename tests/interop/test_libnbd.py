@@ -8,8 +8,8 @@ import nbd
 import pytest
 
 from tests.disks import KIB, MIB
-from tests.interop.conftest import OVERWRITTEN, Fleeced, connected, extents
-from tests.serving import run
+from tests.interop.conftest import OVERWRITTEN, Fleeced, extents
+from tests.serving import connected, run
 
 ACCESS = "x-fleecenbd:access"
 READABLE = 1
@@ -161,16 +161,16 @@ def test_many_requests_in_flight_are_all_answered(fleeced: Fleeced) -> None:
 def test_a_client_that_vanishes_in_the_middle_leaves_the_disk_to_the_next(
     fleeced: Fleeced,
 ) -> None:
-    guest = nbd.NBD()
-    guest.connect_uri(fleeced.guest)
-    for index in range(50):
-        guest.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(64 * KIB)), index * 64 * KIB)
-    guest.close()  # without DISC, with requests in flight
-    backup = nbd.NBD()
-    backup.connect_uri(fleeced.backup)
-    for index in range(50):
-        backup.aio_pread(nbd.Buffer(64 * KIB), index * 64 * KIB)
-    backup.close()
+    def vanish(uri: str, send: Callable[[nbd.NBD, int], object]) -> None:
+        client = nbd.NBD()
+        client.connect_uri(uri)
+        for index in range(50):
+            send(client, index * 64 * KIB)
+        # The object ends here: the socket closes without DISC, with requests in flight.
+
+    piece = bytearray(b"v" * 64 * KIB)
+    vanish(fleeced.guest, lambda guest, at: guest.aio_pwrite(nbd.Buffer.from_bytearray(piece), at))
+    vanish(fleeced.backup, lambda backup, at: backup.aio_pread(nbd.Buffer(64 * KIB), at))
     with connected(fleeced.guest) as again, connected(fleeced.backup) as backup_again:
         again.pwrite(b"again", 0)
         assert bytes(again.pread(5, 0)) == b"again"
@@ -187,9 +187,7 @@ def test_two_clients_of_a_backup_share_what_is_released(fleeced: Fleeced) -> Non
 def test_a_second_guest_is_refused_while_the_first_is_connected(fleeced: Fleeced) -> None:
     with connected(fleeced.guest):
         second = nbd.NBD()
-        error = _refused(lambda: second.connect_uri(fleeced.guest))
-        assert "vm" in error.string
-        second.close()
+        assert "policy" in _refused(lambda: second.connect_uri(fleeced.guest)).string
     with connected(fleeced.guest) as third:
         assert third.get_size() == fleeced.size
 

@@ -13,8 +13,8 @@ import nbd
 import pytest
 
 from tests.disks import KIB, MIB, make_disk
-from tests.interop.conftest import Fleeced, connected, overwrite
-from tests.serving import FLEECENBD, run, serving, try_run
+from tests.interop.conftest import Fleeced, overwrite
+from tests.serving import FLEECENBD, connected, run, serving, try_run
 
 
 def _serve_fails(tmp_path: Path, *arguments: str | Path, status: int = 1) -> str:
@@ -124,18 +124,35 @@ def test_wrong_usage_exits_with_status_two(tmp_path: Path) -> None:
     assert try_run(FLEECENBD, "no-such-command").returncode == 2
 
 
+def _refusal(uri: str) -> str:
+    """What the server says to a client that may not open an export, as QEMU hands it on."""
+    result = try_run("qemu-img", "info", "-f", "raw", uri)
+    assert result.returncode != 0
+    return result.stderr.partition("server reported: ")[2]
+
+
 def test_an_unknown_export_is_named_in_the_refusal(fleeced: Fleeced) -> None:
-    handle = nbd.NBD()
-    with pytest.raises(nbd.Error, match="vm@weekly"):
-        handle.connect_uri(fleeced.server.uri("vm@weekly"))
-    handle.close()
+    assert "vm@weekly" in _refusal(fleeced.server.uri("vm@weekly"))
 
 
 def test_the_empty_name_is_refused_with_the_names_that_there_are(fleeced: Fleeced) -> None:
-    handle = nbd.NBD()
-    with pytest.raises(nbd.Error, match="vm@nightly"):
-        handle.connect_uri(f"nbd+unix:///?socket={fleeced.server.unix}")
-    handle.close()
+    assert "vm, vm@nightly" in _refusal(fleeced.server.uri(""))
+
+
+def test_a_second_guest_is_refused_with_the_process_of_the_first(fleeced: Fleeced) -> None:
+    with connected(fleeced.guest):
+        refusal = _refusal(fleeced.guest)
+    assert "vm" in refusal
+    assert f"pid {os.getpid()}" in refusal
+
+
+def test_a_read_of_what_was_released_is_told_the_offset_and_the_reason(fleeced: Fleeced) -> None:
+    with connected(fleeced.backup) as backup:
+        backup.trim(MIB, MIB)
+    debug = ("nbdsh", "-c", "h.set_debug(True)", "-u", fleeced.backup, "-c", "h.pread(2, 1048575)")
+    told = try_run(*debug).stderr
+    assert "1048576" in told
+    assert "released" in told
 
 
 def test_a_default_export_answers_to_the_empty_name(tmp_path: Path) -> None:

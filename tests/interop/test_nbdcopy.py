@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.disks import GIB, KIB, MIB, copy_disk, first_difference, make_disk
-from tests.interop.conftest import Fleeced, connected, overwrite
-from tests.serving import FLEECENBD, run, serving, try_run
+from tests.interop.conftest import Fleeced, overwrite
+from tests.serving import FLEECENBD, connected, run, serving, try_run
 
 SIZES = {
     "1 MiB": MIB,
@@ -37,7 +37,7 @@ def test_a_pull_equals_the_disk_at_the_moment_of_begin(tmp_path: Path, size: int
         ("--connections=4", "--requests=64"),
         ("--synchronous",),
         ("--no-extents",),
-        ("--request-size=32M",),
+        ("--request-size=33554432",),
         ("--request-size=4096",),
     ],
     ids=" ".join,
