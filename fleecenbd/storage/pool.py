@@ -73,21 +73,6 @@ class _Outbox:
 _Call: TypeAlias = tuple[_Outbox, "asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...]]
 
 
-def _answer(
-    outbox: _Outbox,
-    future: asyncio.Future[Any],
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-) -> None:
-    """Make one call and send its result or its error on its way."""
-    try:
-        result = function(*arguments)
-    except BaseException as error:
-        outbox.put(future, None, error)
-    else:
-        outbox.put(future, result, None)
-
-
 class ThreadPool:
     """Daemon threads that run the blocking calls of one device in one role."""
 
@@ -187,25 +172,42 @@ class ThreadPool:
                         self._size -= 1
                         return
                 continue  # a call is on its way to this thread
-            if call is not None:
-                _answer(*call)
-                del call  # keeps no buffer alive while waiting for the next one
-            elif self._closed:
-                with self._lock:
-                    self._size -= 1
-                return
-            with self._lock:
-                self._unfinished -= 1
-                if self._last is None:
-                    continue
-                if self._unfinished > 0:
-                    if self._size > self._unfinished:
+            if call is None:
+                if self._closed:
+                    with self._lock:
                         self._size -= 1
-                        return
-                    continue
-                last = self._last
-            self._finish(last)
-            return
+                    return
+                last, ends = self._ended()
+            else:
+                outbox, future, function, arguments = call
+                result: Any = None
+                failure: BaseException | None = None
+                try:
+                    result = function(*arguments)
+                except BaseException as error:
+                    failure = error
+                # Counted before it is told: whoever then calls again finds this thread free.
+                last, ends = self._ended()
+                outbox.put(future, result, failure)
+                # Nothing is kept alive while waiting for the next call.
+                del call, outbox, future, function, arguments, result, failure
+            if last is not None:
+                self._finish(last)
+            if ends:
+                return
+
+    def _ended(self) -> tuple[Callable[[], None] | None, bool]:
+        """Count a call that has ended: (what to run now that all have, the thread ends)."""
+        with self._lock:
+            self._unfinished -= 1
+            if self._last is None:
+                return None, False
+            if self._unfinished == 0:
+                return self._last, True
+            if self._size > self._unfinished:
+                self._size -= 1
+                return None, True
+            return None, False
 
     def _finish(self, last: Callable[[], None]) -> None:
         """Run by the thread that ended the last call of a closing pool."""

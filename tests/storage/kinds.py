@@ -1,0 +1,101 @@
+"""Every kind of device, for the suites that hold for all of them.
+
+Block devices are loop devices, which only root can make. They are in the list where the tests
+run as root on a machine that has them, and always where root runs them in CI (``CI`` in the
+environment): a CI machine that can't make them fails. Without root, the code paths of block
+devices are tried in test_space.py only, with the kernel's answers faked.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fleecenbd.storage.device import Device
+from fleecenbd.storage.file import FileDevice
+from fleecenbd.storage.filesystem import Medium
+from fleecenbd.storage.memory import MemoryDevice
+from fleecenbd.storage.temp import TempImage
+
+SIZE = (1 << 20) + 512
+"""Bytes: a whole number of sectors, but of nothing larger."""
+
+Open = Callable[[], Device]
+"""Opens the device. A file or block device has the same content each time, a temp image none."""
+
+
+@contextmanager
+def memory(directory: Path) -> Iterator[Open]:
+    yield lambda: MemoryDevice(SIZE)
+
+
+@contextmanager
+def memory_later(directory: Path) -> Iterator[Open]:
+    yield lambda: MemoryDevice(SIZE, now=False)
+
+
+def _image(directory: Path) -> Path:
+    path = directory / "disk.raw"
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+    return path
+
+
+@contextmanager
+def file(directory: Path) -> Iterator[Open]:
+    path = _image(directory)
+    yield lambda: FileDevice.open(path)
+
+
+@contextmanager
+def file_in_pool(directory: Path) -> Iterator[Open]:
+    path = _image(directory)
+    yield lambda: FileDevice(os.open(path, os.O_RDWR), str(path), medium=Medium.SLOW)
+
+
+@contextmanager
+def file_in_memory(directory: Path) -> Iterator[Open]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as shm:
+        path = _image(Path(shm))
+        yield lambda: FileDevice.open(path)
+
+
+@contextmanager
+def temp(directory: Path) -> Iterator[Open]:
+    yield lambda: TempImage.create(directory, "temp", SIZE)
+
+
+@contextmanager
+def temp_in_memory(directory: Path) -> Iterator[Open]:
+    yield lambda: TempImage.create("/dev/shm", "temp", SIZE)
+
+
+@contextmanager
+def loop_device(path: Path) -> Iterator[str]:
+    """A block device over a file, by its path."""
+    device = subprocess.run(
+        ["/sbin/losetup", "--find", "--show", path], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["/sbin/losetup", "--detach", device], check=True)
+
+
+@contextmanager
+def block(directory: Path) -> Iterator[Open]:
+    with loop_device(_image(directory)) as path:
+        yield lambda: FileDevice.open(path)
+
+
+HAS_LOOP_DEVICES = os.geteuid() == 0 and (
+    "CI" in os.environ or os.access("/dev/loop-control", os.W_OK)
+)
+
+KINDS = [memory, memory_later, file, file_in_pool, file_in_memory, temp, temp_in_memory]
+if HAS_LOOP_DEVICES:
+    KINDS.append(block)

@@ -1,0 +1,401 @@
+"""FileDevice: what is served inline, what goes to the pool, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fleecenbd.storage import file as file_module
+from fleecenbd.storage import system_calls
+from fleecenbd.storage.file import NOW_LENGTH_MAX, WRITE_PAUSE_FACTOR, FileDevice
+from fleecenbd.storage.filesystem import Medium
+from fleecenbd.storage.locks import LockMode
+
+SIZE = 1 << 21
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "vda.raw"
+    path.write_bytes(os.urandom(SIZE))
+    return path
+
+
+def content_of(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def opened(image: Path, medium: Medium) -> FileDevice:
+    return FileDevice(os.open(image, os.O_RDWR), str(image), medium=medium)
+
+
+class Gate:
+    """A system call that waits inside its thread until the test lets it go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.entered = threading.Event()
+        self.open = threading.Event()
+        call = getattr(system_calls, name)
+
+        def gated(*arguments: object) -> object:
+            self.entered.set()
+            assert self.open.wait(10)
+            return call(*arguments)
+
+        monkeypatch.setattr(system_calls, name, gated)
+
+
+def is_open(descriptor: int) -> bool:
+    return os.path.exists(f"/proc/self/fd/{descriptor}")
+
+
+# Inline reads
+
+
+def refused_nowait(*arguments: object) -> int:
+    raise BlockingIOError(errno.EAGAIN, "not in the page cache")
+
+
+async def test_data_outside_the_page_cache_is_read_in_the_pool(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_module, "_preadv", refused_nowait)
+    device = opened(image, Medium.CACHED)
+    assert device.pread_now(4096, 4096) is None
+    assert await device.pread(4096, 4096) == content_of(image)[4096:8192]
+    device.close()
+
+
+@pytest.mark.parametrize("length", [4096, 65536])
+async def test_a_read_that_is_cached_in_part_is_left_to_the_pool(
+    image: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    monkeypatch.setattr(file_module, "_preadv", lambda *arguments: 512)
+    device = opened(image, Medium.CACHED)
+    assert device.pread_now(0, length) is None
+    assert await device.pread(0, length) == content_of(image)[:length]
+    device.close()
+
+
+async def test_cached_data_is_read_inline_whatever_the_length(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        file_module,
+        "_preadv",
+        lambda descriptor, buffers, offset, flags: os.preadv(descriptor, buffers, offset),
+    )
+    device = opened(image, Medium.CACHED)
+    content = content_of(image)
+    for length in (1, 4096, (1 << 15) - 1, 1 << 15, NOW_LENGTH_MAX):
+        assert device.pread_now(512, length) == content[512 : 512 + length]
+    device.close()
+
+
+@pytest.mark.parametrize("medium", [Medium.CACHED, Medium.MEMORY])
+async def test_a_long_read_or_write_is_not_made_on_the_loop(image: Path, medium: Medium) -> None:
+    device = opened(image, medium)
+    assert device.pread_now(0, NOW_LENGTH_MAX + 1) is None
+    assert not device.pwrite_now(0, bytes(NOW_LENGTH_MAX + 1))
+    device.close()
+
+
+async def test_a_slow_file_system_gets_no_inline_call(image: Path) -> None:
+    device = opened(image, Medium.SLOW)
+    assert device.pread_now(0, 512) is None
+    assert not device.pwrite_now(0, bytes(4096))
+    device.close()
+
+
+async def test_what_is_in_memory_is_read_and_written_inline() -> None:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as image:
+        image.truncate(SIZE)
+        device = FileDevice.open(image.name)
+        assert device.medium is Medium.MEMORY
+        assert device.pwrite_now(511, b"inline")
+        assert device.pread_now(510, 8) == b"\0inline\0"
+        device.close()
+
+
+# Inline writes: a clock and a page cache of the test's own
+
+
+class PageCache:
+    """A pwrite that takes as long as the test says, on a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 1000.0
+        self.takes_s = 0.0
+        monkeypatch.setattr(file_module, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(file_module, "_pwrite", self._timed(os.pwrite))
+        monkeypatch.setattr(system_calls, "write_all", self._timed(system_calls.write_all))
+
+    def _timed(self, call: Callable[..., object]) -> Callable[..., object]:
+        def timed(*arguments: object) -> object:
+            self.now_s += self.takes_s
+            return call(*arguments)
+
+        return timed
+
+
+@pytest.fixture
+def page_cache(monkeypatch: pytest.MonkeyPatch) -> PageCache:
+    return PageCache(monkeypatch)
+
+
+async def test_writes_stay_inline_while_they_are_fast(image: Path, page_cache: PageCache) -> None:
+    device = opened(image, Medium.UNCACHED_READS)
+    page_cache.takes_s = 0.001
+    assert all(device.pwrite_now(0, bytes(4096)) for _ in range(100))
+    device.close()
+
+
+async def test_a_slow_write_sends_the_next_ones_to_the_pool_for_a_while(
+    image: Path, page_cache: PageCache
+) -> None:
+    device = opened(image, Medium.UNCACHED_READS)
+    page_cache.takes_s = 0.1
+    assert device.pwrite_now(0, b"\x01" * 4096)
+    pause_s = page_cache.takes_s * WRITE_PAUSE_FACTOR
+    assert not device.pwrite_now(0, b"\x02" * 4096)
+    page_cache.now_s += pause_s * 0.99
+    assert not device.pwrite_now(0, b"\x02" * 4096)
+    assert content_of(image)[:4096] == b"\x01" * 4096, "False means that nothing was written"
+    page_cache.now_s += pause_s * 0.02
+    page_cache.takes_s = 0.0
+    assert device.pwrite_now(0, b"\x03" * 4096)
+    device.close()
+
+
+async def test_writes_that_are_slow_in_the_pool_are_not_tried_inline(
+    image: Path, page_cache: PageCache
+) -> None:
+    device = opened(image, Medium.UNCACHED_READS)
+    page_cache.takes_s = 0.1
+    await device.pwrite(0, bytes(4096))
+    assert not device.pwrite_now(0, bytes(4096))
+    page_cache.now_s += 10
+    page_cache.takes_s = 0.0
+    await device.pwrite(0, bytes(4096))
+    assert device.pwrite_now(0, bytes(4096))
+    device.close()
+
+
+@pytest.mark.parametrize(("offset", "length"), [(512, 4096), (0, 512), (4000, 200)])
+async def test_a_write_of_part_of_a_page_is_inline_only_where_the_page_is_cached(
+    image: Path, monkeypatch: pytest.MonkeyPatch, offset: int, length: int
+) -> None:
+    device = opened(image, Medium.CACHED)
+    monkeypatch.setattr(file_module, "_preadv", refused_nowait)
+    assert not device.pwrite_now(offset, bytes(length))
+    assert device.pwrite_now(8192, bytes(8192)), "whole pages need no reading"
+    monkeypatch.setattr(file_module, "_preadv", lambda *arguments: 1)
+    assert device.pwrite_now(offset, bytes(length))
+    device.close()
+    without_nowait = opened(image, Medium.UNCACHED_READS)
+    assert not without_nowait.pwrite_now(offset, bytes(length))
+    without_nowait.close()
+
+
+# Short and failing system calls
+
+
+@pytest.mark.parametrize("medium", [Medium.UNCACHED_READS, Medium.MEMORY])
+async def test_a_short_write_is_completed(
+    image: Path, monkeypatch: pytest.MonkeyPatch, medium: Medium
+) -> None:
+    pwrite = os.pwrite
+
+    def short_pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        return pwrite(descriptor, data[:1000], offset)
+
+    monkeypatch.setattr(os, "pwrite", short_pwrite)
+    monkeypatch.setattr(file_module, "_pwrite", short_pwrite)
+    device = opened(image, medium)
+    now, later = os.urandom(8192), os.urandom(8192)
+    assert device.pwrite_now(0, now)
+    await device.pwrite(8192, later)
+    assert content_of(image)[:16384] == now + later
+    device.close()
+
+
+@pytest.mark.parametrize("medium", [Medium.UNCACHED_READS, Medium.MEMORY])
+async def test_a_full_file_system_is_enospc_inline_and_in_the_pool(
+    image: Path, monkeypatch: pytest.MonkeyPatch, medium: Medium
+) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(file_module, "_pwrite", lambda *arguments: 512)
+    device = opened(image, medium)
+    with pytest.raises(OSError, match="No space left"):
+        device.pwrite_now(0, bytes(4096))
+    with pytest.raises(OSError, match="No space left"):
+        await device.pwrite(0, bytes(4096))
+    device.close()
+
+
+async def test_a_short_read_is_completed(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, length, offset: pread(fd, min(length, 7), offset))
+    device = opened(image, Medium.SLOW)
+    assert await device.pread(100, 1000) == content_of(image)[100:1100]
+    device.close()
+
+
+@pytest.mark.parametrize("medium", [Medium.SLOW, Medium.MEMORY])
+async def test_an_image_that_shrank_is_eio_and_says_so(image: Path, medium: Medium) -> None:
+    device = opened(image, medium)
+    os.truncate(image, 5000)
+    assert device.pread_now(4096, 4096) is None
+    for call in (device.pread(4096, 4096), device.extents(0, SIZE)):
+        with pytest.raises(OSError, match="shrank") as caught:
+            await call
+        assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(image))
+    device.close()
+
+
+async def test_a_flush_that_failed_fails_for_good(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = opened(image, Medium.SLOW)
+
+    def lost(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", lost)
+        with pytest.raises(OSError, match="data was lost"):
+            await device.flush()
+    with pytest.raises(OSError, match="data was lost") as caught:
+        await device.flush()
+    assert caught.value.errno == errno.EIO
+    device.close()
+
+
+# Opening
+
+
+def test_a_missing_image_and_what_is_no_image_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"missing\.raw"):
+        FileDevice.open(tmp_path / "missing.raw")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(OSError, match="neither a regular file nor a block device"):
+            FileDevice.open(path)
+
+
+@pytest.fixture
+def descriptors() -> Iterator[None]:
+    """Asserts that the test has left no descriptor behind."""
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    assert len(set(os.listdir("/proc/self/fd"))) <= len(before)
+
+
+@pytest.mark.usefixtures("descriptors")
+def test_an_image_that_is_refused_leaves_no_descriptor_and_no_lock(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(descriptor: int) -> int:
+        raise OSError(errno.EIO, "no size")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system_calls, "image_size", failing)
+        with pytest.raises(OSError, match="no size"):
+            FileDevice.open(image)
+    device = FileDevice.open(image)
+    with pytest.raises(OSError, match="in use"):
+        FileDevice.open(image)
+    closed = threading.Event()
+    device._pool.close(closed.set)
+    assert closed.wait(10)
+    os.close(device._descriptor)
+
+
+async def test_a_read_only_device_refuses_changes(image: Path) -> None:
+    device = FileDevice.open(image, read_only=True)
+    content = content_of(image)
+    with pytest.raises(PermissionError, match="read-only"):
+        device.pwrite_now(0, b"x")
+    for call in (device.pwrite(0, b"x"), device.zero(0, 512), device.trim(0, 4096)):
+        with pytest.raises(PermissionError, match="read-only"):
+            await call
+    await device.flush()
+    assert content_of(image) == content
+    device.close()
+
+
+async def test_a_file_that_may_not_be_opened_without_atime_is_opened_with_it(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file = os.open
+
+    def not_the_owner(path: str, flags: int, *mode: int) -> int:
+        if flags & os.O_NOATIME:
+            raise PermissionError(errno.EPERM, "Operation not permitted", path)
+        return open_file(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", not_the_owner)
+    device = FileDevice.open(image)
+    assert await device.pread(0, 512) == content_of(image)[:512]
+    device.close()
+
+
+# Ending
+
+
+async def test_the_file_is_closed_only_after_the_last_call_has_ended(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch, "write_all")
+    device = FileDevice.open(image)
+    descriptor = device._descriptor
+    task = asyncio.ensure_future(device.pwrite(0, b"late" * 1024))
+    await asyncio.to_thread(gate.entered.wait, 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    device.close()
+    waiter = asyncio.ensure_future(device.wait_closed())
+    await asyncio.sleep(0)
+    assert is_open(descriptor)
+    assert not waiter.done()
+    with pytest.raises(OSError, match="in use"):  # its locks hold as long
+        FileDevice.open(image)
+    gate.open.set()
+    await waiter
+    assert not is_open(descriptor)
+    assert content_of(image)[:4096] == b"late" * 1024
+    again = FileDevice.open(image)
+    again.close()
+    await again.wait_closed()
+
+
+async def test_a_closed_device_does_not_touch_another_file_with_its_descriptor(
+    image: Path, tmp_path: Path
+) -> None:
+    device = FileDevice.open(image, lock=LockMode.NONE)
+    descriptor = device._descriptor
+    read, write = device.pread_now, device.pwrite_now  # as a caller may keep them
+    device.close()
+    await device.wait_closed()
+    other = tmp_path / "other"
+    other.write_bytes(b"precious" * 1024)
+    reused = os.open(other, os.O_RDWR)
+    os.dup2(reused, descriptor)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        write(0, bytes(4096))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        read(0, 4096)
+    assert content_of(other) == b"precious" * 1024
+    for number in {reused, descriptor}:
+        os.close(number)

@@ -1,0 +1,156 @@
+"""TempImage: the space it holds, the name it has not, and the file systems it refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fleecenbd.storage import system_calls
+from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO
+from fleecenbd.storage.temp import TempImage
+
+HOLE = EXTENT_HOLE | EXTENT_ZERO
+SIZE = (1 << 20) + 512
+
+
+@pytest.fixture(params=["disk", "memory"])
+def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A directory on a disk's file system, and one in memory."""
+    if request.param == "disk":
+        yield tmp_path
+    else:
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+            yield Path(path)
+
+
+async def test_only_what_was_written_holds_space(directory: Path) -> None:
+    temp = TempImage.create(directory, "vda@nightly", 1 << 40)
+    assert temp.used_bytes() == 0
+    await temp.pwrite(1 << 39, b"\xff" * 3 * temp.hole_size)
+    assert temp.used_bytes() == 3 * temp.hole_size
+    assert await temp.extents((1 << 39) - 512, 1024) == [(512, HOLE), (512, 0)]
+    temp.close()
+
+
+async def test_trim_frees_the_space_at_once(directory: Path) -> None:
+    temp = TempImage.create(directory, "vda@nightly", 1 << 24)
+    hole = temp.hole_size
+    await temp.pwrite(0, b"\xff" * 64 * hole)
+    await temp.trim(hole, hole)
+    assert temp.used_bytes() == 63 * hole
+    await temp.trim(0, 1 << 24)
+    assert temp.used_bytes() == 0
+    assert await temp.pread(0, 64 * hole) == bytes(64 * hole)
+    temp.close()
+
+
+async def test_the_last_part_of_an_odd_sized_image_is_freed_too(directory: Path) -> None:
+    temp = TempImage.create(directory, "vda@nightly", SIZE)
+    await temp.pwrite(0, b"\xff" * SIZE)
+    start = SIZE - SIZE % temp.hole_size
+    await temp.trim(start, SIZE - start)
+    assert temp.used_bytes() == start
+    await temp.trim(0, start)
+    assert temp.used_bytes() == 0
+    temp.close()
+
+
+async def test_no_name_leads_to_it_and_its_space_goes_with_it(directory: Path) -> None:
+    temp = TempImage.create(directory, "vda@nightly", SIZE)
+    assert os.listdir(directory) == []
+    temp.close()
+    with pytest.raises(OSError, match="closed"):
+        temp.used_bytes()
+    await temp.wait_closed()
+
+
+KILLED = """
+import asyncio, sys
+from fleecenbd.storage.temp import TempImage
+
+async def main():
+    temp = TempImage.create(sys.argv[1], "vda@nightly", 1 << 30)
+    await temp.pwrite(0, b"data" * 1024)
+    print(temp.used_bytes(), flush=True)
+    sys.stdin.read()
+
+asyncio.run(main())
+"""
+
+
+def test_a_killed_server_leaves_nothing_behind(directory: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.readline()) == 4096
+        process.kill()
+        assert process.wait(10) == -signal.SIGKILL
+    assert os.listdir(directory) == []
+
+
+async def test_a_file_system_without_unnamed_files_gets_an_unlinked_one(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file = os.open
+
+    def without_tmpfile(path: str, flags: int, *mode: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.ENOTSUP, "Operation not supported", path)
+        return open_file(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", without_tmpfile)
+    temp = TempImage.create(directory, "vda@nightly", SIZE)
+    await temp.pwrite(0, b"data")
+    assert await temp.pread(0, 5) == b"data\0"
+    assert os.listdir(directory) == []
+    temp.close()
+
+
+def refused(*arguments: object) -> None:
+    raise OSError(errno.ENOTSUP, "Operation not supported", "vda@nightly")
+
+
+def test_a_file_system_that_cannot_punch_holes_is_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system_calls, "fallocate", refused)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match=r"cannot free parts of a file.*put temp images on") as caught:
+        TempImage.create(directory, "vda@nightly", SIZE)
+    assert caught.value.errno == errno.ENOTSUP
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+async def test_a_trim_that_frees_nothing_is_an_error(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temp = TempImage.create(directory, "vda@nightly", SIZE)
+    await temp.pwrite(0, bytes(4096))
+    monkeypatch.setattr(system_calls, "fallocate", refused)
+    with pytest.raises(OSError, match="cannot be freed"):
+        await temp.trim(0, 4096)
+    temp.close()
+
+
+async def test_a_failing_trim_is_an_error(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "vda@nightly")
+
+    temp = TempImage.create(directory, "vda@nightly", SIZE)
+    monkeypatch.setattr(system_calls, "fallocate", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        await temp.trim(0, 4096)
+    temp.close()
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing"):
+        TempImage.create(tmp_path / "missing", "vda@nightly", SIZE)
