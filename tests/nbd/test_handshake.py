@@ -249,6 +249,14 @@ def test_info_and_go_always_say_size_and_flags(number: int) -> None:
     assert seen == wire.ExportSeen(size=DISK.size, flags=FLAGS)
 
 
+def test_the_shortest_data_that_options_may_have() -> None:
+    client = structured_client()
+    assert client.info(INFO, "").size == DISK.size
+    assert client.listed("") == [ALLOCATION]
+    assert client.select("") == []
+    assert client.info(GO, "").size == DISK.size
+
+
 @pytest.mark.parametrize("number", [INFO, GO])
 def test_info_and_go_say_what_was_asked_for(number: int) -> None:
     seen = Client().info(number, "", 3, 2, 1, 0, 77)
@@ -313,6 +321,8 @@ INFO_DATA = wire.info_data("vda", 3)
         pack(">I", 4) + INFO_DATA[4:],
         pack(">I", 0xFFFFFFFF) + INFO_DATA[4:],
         pack(">I", 0) + b"\xff\xff",
+        pack(">I", 1) + b"vd",
+        pack(">I", 2) + b"vd",
         pack(">I3sH", 3, b"v\0a", 0),
         pack(">I3sH", 3, b"v\xffa", 0),
         wire.info_data("x" * 4097),
@@ -502,6 +512,8 @@ META_DATA = wire.meta_data("vda", ALLOCATION)
         (META_DATA[:-1], wire.ERR_INVALID),
         (META_DATA + b"\0", wire.ERR_INVALID),
         (pack(">I", 0xFFFFFFFF) + META_DATA[4:], wire.ERR_INVALID),
+        (pack(">I", 1) + b"vdax", wire.ERR_INVALID),
+        (pack(">I", 4) + b"vdax", wire.ERR_INVALID),
         (pack(">II", 0, 2) + pack(">I", 0), wire.ERR_INVALID),
         (pack(">II", 0, 1) + pack(">I", 0xFFFFFFFF), wire.ERR_INVALID),
         (pack(">III2s", 0, 1, 2, b"\xff:"), wire.ERR_INVALID),

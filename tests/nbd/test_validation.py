@@ -3,7 +3,7 @@
 from struct import pack
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fleecenbd.nbd.transmission import Request
@@ -88,6 +88,7 @@ def test_a_read_only_export_is_eperm_before_anything_else(command: int, flags: i
     assert ask(read_only, command) == EPERM
     assert ask(read_only, command, SIZE, 4096) == EPERM
     assert ask(read_only, command, 0, 0) == EPERM
+    assert ask(read_only, command, 0, 1) == EPERM
     assert ask(read_only, wire.READ) == 0
 
 
@@ -101,14 +102,17 @@ def test_a_read_only_export_is_eperm_before_anything_else(command: int, flags: i
     ],
 )
 def test_a_command_that_was_not_advertised_is_einval(command: int, flag: int) -> None:
-    assert ask(rules(EVERYTHING & ~flag), command) == EINVAL
+    for length in (0, 1, 4096):
+        assert ask(rules(EVERYTHING & ~flag), command, 0, length) == EINVAL
     assert ask(rules(EVERYTHING), command) == 0
 
 
 def test_block_status_without_a_context_is_einval() -> None:
-    assert ask(rules(contexts=()), wire.BLOCK_STATUS) == EINVAL
-    assert ask(rules(mode=wire.SIMPLE), wire.BLOCK_STATUS) == EINVAL
-    assert ask(rules(mode=wire.EXTENDED, contexts=()), wire.BLOCK_STATUS) == EINVAL
+    for length in (0, 1, 4096):
+        assert ask(rules(contexts=()), wire.BLOCK_STATUS, 0, length) == EINVAL
+        assert ask(rules(mode=wire.SIMPLE), wire.BLOCK_STATUS, 0, length) == EINVAL
+        extended = rules(mode=wire.EXTENDED, contexts=())
+        assert ask(extended, wire.BLOCK_STATUS, 0, length) == EINVAL
 
 
 @pytest.mark.parametrize("command", [*DATA_COMMANDS, wire.FLUSH])
@@ -190,6 +194,9 @@ def test_a_request_that_is_not_aligned_to_the_minimum_block_is_einval(command: i
     assert ask(blocks, command, 512, 1024) == 0
     assert ask(blocks, command, 256, 512) == EINVAL
     assert ask(blocks, command, 512, 513) == EINVAL
+    refusal = blocks.check((0, command, 1, 256, 512, None))
+    assert refusal is not None
+    assert refusal[1].endswith("minimum block size, 512")
 
 
 def test_a_read_of_more_than_64_mib_is_einval() -> None:
@@ -296,6 +303,7 @@ def test_a_refusal_names_the_command_and_the_numbers() -> None:
     assert [COMMAND_NAMES[wire.DISC], COMMAND_NAMES[wire.WRITE_ZEROES]] == ["DISC", "WRITE_ZEROES"]
 
 
+@settings(max_examples=500, deadline=None)
 @given(
     flags=st.integers(0, 0xFFFF),
     command=st.integers(0, 9),
