@@ -45,6 +45,9 @@ READABLE, HELD = 1, 2  # its bits: may still be read; old data held in the temp 
 
 console = Console(highlight=False)
 
+# mkfs.ext4 and e2fsck live where only root looks.
+os.environ["PATH"] += ":/usr/sbin:/sbin"
+
 
 @dataclass
 class Run:
@@ -187,16 +190,23 @@ def served(disk: Path) -> Iterator[str]:
     console.print(f"[bold]$[/] fleecenbd serve {disk.name} {' '.join(options)}")
     ready = folder / "ready"
     ready.unlink(missing_ok=True)
-    server = subprocess.Popen(
-        [program, "serve", disk.name, *options, "--state-dir", "state", "-P", ready], cwd=folder
-    )
+    log = folder / "server.log"
+    with log.open("wb") as log_file:
+        server = subprocess.Popen(
+            [program, "serve", disk.name, *options, "--state-dir", "state", "-P", ready],
+            cwd=folder,
+            stderr=log_file,
+        )
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not ready.exists():
             if server.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("demo: fleecenbd serve did not start")
+                raise SystemExit(f"demo: fleecenbd serve did not start\n{log.read_text()}")
             time.sleep(0.02)
         yield str(folder / "f.sock")
+    except BaseException:
+        console.print(log.read_text(), markup=False)
+        raise
     finally:
         server.terminate()
         server.wait()
@@ -256,7 +266,7 @@ class Show:
         run = self.run
         text = (
             f"pulled {100 * run.pulled // run.size:3} %   guest wrote {_mib(run.written)}   "
-            f"released {_mib(run.released)}   old data kept {_mib(run.held)}"
+            f"released {_mib(run.released)}   temp image {_mib(run.held)}"
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=run.pulled, description=text)
@@ -331,8 +341,8 @@ def verdict(plain: Run, trimmed: Run) -> int:
     runs = (plain, trimmed)
     table.add_row("pulled", *(_mib(run.pulled) for run in runs))
     table.add_row("guest wrote meanwhile", *(_mib(run.written) for run in runs))
-    table.add_row("old data kept, at most", *(_mib(run.held_peak) for run in runs))
-    table.add_row("old data kept, in the end", *(_mib(run.held) for run in runs))
+    table.add_row("temp image, at most", *(_mib(run.held_peak) for run in runs))
+    table.add_row("temp image, in the end", *(_mib(run.held) for run in runs))
     words = ("[red]no[/]" if run.faults else "[green]yes[/]" for run in runs)
     table.add_row("backup equals disk at arming", *words)
     console.print()
@@ -348,8 +358,7 @@ def verdict(plain: Run, trimmed: Run) -> int:
     saved = 100 * (1 - trimmed.held_peak / plain.held_peak)
     console.print(
         f"Both backups equal the disk at arming, byte for byte, and e2fsck finds them clean.\n"
-        f"TRIM saved {saved:.0f} % of the space for old data at its peak, "
-        f"and in the end all of it.",
+        f"TRIM saved {saved:.0f} % of the temp image at its peak, and all of it in the end.",
         soft_wrap=True,
     )
     return 0

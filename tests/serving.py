@@ -70,6 +70,16 @@ class Serving:
                 continue
         return sorted(names)
 
+    def temp_bytes(self) -> int:
+        """The space that files without a name take: temp images are the only ones (procfs)."""
+        folder = Path(f"/proc/{self.pid}/fd")
+        used = {}
+        for entry in folder.iterdir():
+            if os.readlink(entry).endswith(" (deleted)"):
+                status = entry.stat()
+                used[status.st_dev, status.st_ino] = status.st_blocks * 512
+        return sum(used.values())
+
     def stop(self) -> int:
         """SIGTERM, wait, and hand back the exit status; a server that hangs is killed and told."""
         if self.process.poll() is None:

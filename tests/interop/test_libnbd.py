@@ -111,6 +111,28 @@ def test_a_guest_write_after_the_release_takes_no_space(fleeced: Fleeced) -> Non
         assert extents(backup, ACCESS, 2 * MIB, 5 * MIB) == [(2 * MIB, 0)]
 
 
+def test_a_trim_frees_the_space_that_the_guests_writes_took(fleeced: Fleeced) -> None:
+    with connected(fleeced.guest) as guest, connected(fleeced.backup) as backup:
+        guest.pwrite(b"s" * 3 * MIB, 5 * MIB)
+        held = fleeced.server.temp_bytes()
+        assert held > 0
+        backup.trim(8 * MIB, 0)
+        # Of the last, partial cluster at most is left.
+        assert fleeced.server.temp_bytes() <= 4 * KIB
+        guest.pwrite(b"t" * 8 * MIB, 0)
+        assert fleeced.server.temp_bytes() <= 4 * KIB
+
+
+def test_small_writes_take_small_space(fleeced: Fleeced) -> None:
+    before = fleeced.server.temp_bytes()
+    dense = bytes(range(1, 256)) * 5000
+    with connected(fleeced.guest) as guest:
+        for offset in range(0, 8 * MIB, 64 * KIB):
+            guest.pwrite(dense[: 4 * KIB], offset)
+    # 128 writes of 4 KiB: at most one cluster each.
+    assert fleeced.server.temp_bytes() - before <= 128 * 4 * KIB
+
+
 def test_every_way_a_guest_can_write_is_kept_from_the_backup(fleeced: Fleeced) -> None:
     before = fleeced.before.read_bytes()
     with connected(fleeced.guest) as guest, connected(fleeced.backup) as backup:
