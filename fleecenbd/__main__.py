@@ -1,0 +1,5 @@
+"""``python -m fleecenbd``."""
+
+from fleecenbd.cli.main import main
+
+main()

@@ -1,0 +1,86 @@
+"""Sockets that whoever started us has made: standard input (--single), socket activation."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import MutableMapping
+
+from fleecenbd.cli.endpoints import Endpoint
+from fleecenbd.cli.errors import CommandError, UsageError, reason
+from fleecenbd.server.sockets import activated_sockets, maker_pid
+
+logger = logging.getLogger(__name__)
+
+_STANDARD = (0, 1, 2)
+_IS_NO_SOCKET = (
+    "--single: standard input is no connected stream socket; it is for programs that start a "
+    "server with their connection as its standard input, as inetd and libnbd's connect_command do"
+)
+
+
+def take_standard_input() -> socket.socket:
+    """The client's socket, moved away from standard input, output and error. Raises UsageError.
+
+    No copy of it stays behind: the client is to see its end when the server closes it.
+    """
+    try:
+        sock = socket.socket(fileno=os.dup(0))
+        sock.getpeername()
+    except OSError as error:
+        if error.errno not in (errno.ENOTSOCK, errno.ENOTCONN, errno.EBADF):
+            raise CommandError(f"--single: {reason(error, 'standard input')}") from error
+        raise UsageError(_IS_NO_SOCKET) from None
+    if sock.type != socket.SOCK_STREAM:
+        raise UsageError(_IS_NO_SOCKET)
+    here = os.fstat(sock.fileno())
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in _STANDARD:
+        if os.path.samestat(os.fstat(descriptor), here):
+            os.dup2(null, descriptor)
+    os.close(null)
+    return sock
+
+
+def take_activated(environment: MutableMapping[str, str]) -> list[Endpoint] | None:
+    """The sockets handed over by systemd, or by a client that does as systemd does.
+
+    LISTEN_FDNAMES ``backup``: fleecing exports only; ``control`` is for later; any other: all
+    exports. None: there was no socket activation. Raises CommandError.
+    """
+    try:
+        found = activated_sockets(environment)
+    except OSError as error:
+        raise CommandError(reason(error)) from None
+    if found is None:
+        return None
+    endpoints = []
+    for name, sock in found:
+        if name == "control":
+            logger.warning("there is no control socket yet: nobody will answer on the one given")
+            sock.close()
+            continue
+        unix = None
+        if sock.family == socket.AF_UNIX:
+            path = sock.getsockname()
+            unix = path if isinstance(path, str) else os.fsdecode(path)
+        endpoints.append(Endpoint(sock, name == "backup", unix))
+    if not endpoints:
+        raise CommandError(
+            "socket activation handed over a control socket only, and there is none yet; "
+            "add a socket called guest or backup"
+        )
+    return endpoints
+
+
+def starting_client(endpoints: list[Endpoint]) -> int | None:
+    """The pid of the client that started us for itself by socket activation, or None.
+
+    It made the socket, and is our parent: so does libnbd, and nobody else will ever connect
+    when it has gone. systemd's sockets are left to systemd.
+    """
+    parent = os.getppid()
+    makers = {maker_pid(endpoint.socket) for endpoint in endpoints}
+    return parent if makers == {parent} and parent > 1 else None

@@ -1,0 +1,119 @@
+"""Images opened for serving, and temp images made: both with messages that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from fleecenbd.cli.errors import CommandError, UsageError, reason
+from fleecenbd.cli.values import DiskSpec
+from fleecenbd.engine.disk import Disk
+from fleecenbd.storage.device import Device
+from fleecenbd.storage.file import FileDevice
+from fleecenbd.storage.filesystem import hole_size_of
+from fleecenbd.storage.locks import LockMode
+from fleecenbd.storage.pool import ThreadPool
+from fleecenbd.storage.probe import PROBE_LENGTH, container_format
+from fleecenbd.storage.temp import TempImage
+
+
+def open_disks(specs: Sequence[DiskSpec], *, read_only: bool, force_share: bool) -> list[Disk]:
+    """Open, lock and look at every image. Raises CommandError. Blocks; needs no event loop."""
+    _check_all_different(specs)
+    disks: list[Disk] = []
+    try:
+        for spec in specs:
+            disks.append(Disk(spec.name, _open(spec, read_only, force_share)))
+    except BaseException:
+        for disk in disks:
+            disk.device.close()
+        raise
+    return disks
+
+
+def _check_all_different(specs: Sequence[DiskSpec]) -> None:
+    """Two disks over one image would overwrite each other's past, whatever locks say."""
+    seen: dict[tuple[bool, int, int], DiskSpec] = {}
+    for spec in specs:
+        try:
+            status = os.stat(spec.path)
+        except OSError:
+            continue  # told when it is opened
+        if stat.S_ISBLK(status.st_mode):
+            identity = (True, status.st_rdev, 0)
+        else:
+            identity = (False, status.st_dev, status.st_ino)
+        other = seen.setdefault(identity, spec)
+        if other is not spec:
+            raise UsageError(
+                f"{other.name} and {spec.name} are the same image, {spec.path}; give it once"
+            )
+
+
+def _open(spec: DiskSpec, read_only: bool, force_share: bool) -> FileDevice:
+    try:
+        device = FileDevice.open(
+            spec.path, read_only=read_only, lock=LockMode.NONE if force_share else None
+        )
+    except OSError as error:
+        text = reason(error, spec.path)
+        if error.errno in (errno.EACCES, errno.EPERM):
+            may = "read" if read_only else "read and write"
+            text += (
+                f" (run as somebody who may {may} it{'' if read_only else ', or try --read-only'})"
+            )
+        raise CommandError(f"cannot open disk {spec.name}: {text}") from error
+    try:
+        if device.size == 0:
+            raise CommandError(
+                f"cannot open disk {spec.name}: {spec.path}: the image is empty; "
+                "give it a size (truncate -s 10G)"
+            )
+        if not spec.raw:
+            _refuse_container(spec)
+    except BaseException:
+        device.close()
+        raise
+    return device
+
+
+def _refuse_container(spec: DiskSpec) -> None:
+    try:
+        with open(spec.path, "rb", buffering=0) as file:
+            kind = container_format(file.read(PROBE_LENGTH) or b"")
+    except OSError as error:
+        raise CommandError(
+            f"cannot look into disk {spec.name}: {reason(error, spec.path)}"
+        ) from error
+    if kind is not None:
+        raise CommandError(
+            f"cannot open disk {spec.name}: {spec.path}: the content is a {kind} container, "
+            "whose bytes a guest must not be handed as its disk; convert it to a raw image, "
+            f"or write raw:{spec.path} if those bytes are what you mean"
+        )
+
+
+class TempDirectory:
+    """Where temp images are made, in a thread: the directory's disk may hang."""
+
+    def __init__(self, path: Path, session: str) -> None:
+        self.path = path
+        self._session = session
+        self._pool = ThreadPool(str(path), "temp images", size_max=1)
+
+    async def make(self, disk: Disk, cluster_size: int) -> Device:
+        """An empty temp image for the disk (engine.session.MakeTemp). Raises OSError."""
+        return await self._pool.run(self._create, disk.name, disk.size, cluster_size)
+
+    def _create(self, name: str, size: int, cluster_size: int) -> Device:
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            unit = max(cluster_size, hole_size_of(descriptor))
+        finally:
+            os.close(descriptor)
+        # Both are powers of two: a multiple of the larger is a multiple of the other.
+        size = -(-size // unit) * unit
+        return TempImage.create(self.path, f"{name}@{self._session}", size)

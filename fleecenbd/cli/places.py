@@ -1,0 +1,55 @@
+"""Where things are by default: the socket, the state; and directories that are ours alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from fleecenbd.cli.errors import UsageError
+
+SOCKET_NAME = "fleecenbd.sock"
+
+
+def default_socket(environment: Mapping[str, str], user_id: int) -> Path:
+    """``fleecenbd.sock`` in the runtime directory: XDG's, or /run for root."""
+    runtime = environment.get("XDG_RUNTIME_DIR", "")
+    if os.path.isabs(runtime):
+        return Path(runtime) / SOCKET_NAME
+    if user_id == 0:
+        return Path("/run") / SOCKET_NAME
+    raise UsageError(
+        "there is no runtime directory for the socket: XDG_RUNTIME_DIR is not set; "
+        "give a path with --unix"
+    )
+
+
+def default_state_directory(environment: Mapping[str, str], user_id: int) -> Path:
+    """systemd's StateDirectory=, else XDG's, else ~/.local/state; /var/lib for root."""
+    given = environment.get("STATE_DIRECTORY", "").split(":")[0]
+    if os.path.isabs(given):
+        return Path(given)
+    state = environment.get("XDG_STATE_HOME", "")
+    if os.path.isabs(state):
+        return Path(state) / "fleecenbd"
+    if user_id == 0:
+        return Path("/var/lib/fleecenbd")
+    home = environment.get("HOME", "")
+    if os.path.isabs(home):
+        return Path(home) / ".local" / "state" / "fleecenbd"
+    raise UsageError(
+        "there is no place for state: neither XDG_STATE_HOME nor HOME is set; "
+        "give a directory with --state-dir"
+    )
+
+
+def make_private_directory(path: Path) -> None:
+    """Make the directory and those above it that are missing, mode 0700. Raises OSError.
+
+    What is there keeps its mode: it is somebody's decision.
+    """
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_private_directory(path.parent)
+    path.mkdir(mode=0o700, exist_ok=True)

@@ -1,0 +1,197 @@
+"""A server's life: sockets, session, ready; until it is asked to stop; and down again.
+
+    bind ▶ begin the session ▶ let clients in ▶ pidfile, READY=1 ▶ ... ▶ STOPPING=1
+         ▶ socket files go ▶ requests in flight end, images are synced ▶ exit status
+
+Whatever fails on the way up goes the same way down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from fleecenbd.cli import handed, logs
+from fleecenbd.cli.endpoints import Endpoint, open_endpoints
+from fleecenbd.cli.errors import CommandError, reason
+from fleecenbd.cli.images import TempDirectory
+from fleecenbd.cli.options import ServeOptions
+from fleecenbd.cli.places import make_private_directory
+from fleecenbd.cli.stopping import Stopping
+from fleecenbd.engine.disk import Disk
+from fleecenbd.server.server import Server
+from fleecenbd.server.sockets import notify
+
+logger = logging.getLogger(__name__)
+
+COMMAND_TIMEOUT_S = 10.0
+"""Seconds that the command of --run has to end after SIGTERM."""
+TASKS_TIMEOUT_S = 1.0
+"""Seconds that what is left of the server's tasks has to end."""
+
+
+async def run_server(
+    options: ServeOptions, disks: Sequence[Disk], activated: list[Endpoint] | None
+) -> int:
+    """Serve until asked to stop; the exit status. Raises CommandError."""
+    asyncio.get_running_loop().set_exception_handler(logs.loop_exception)
+    stopping = Stopping()
+    stopping.catch_signals()
+    server = Server(
+        default_export=options.empty_name, shared=options.shared, read_only=options.read_only
+    )
+    for disk in disks:
+        server.add_disk(disk)
+    with ExitStack() as files:
+        try:
+            status = await _serve(server, options, activated, stopping, files)
+        finally:
+            notify(os.environ, "STOPPING=1")
+            files.close()  # while the sockets are open: see open_endpoints
+            stopped = await _stop(server, stopping)
+    return status if stopped else 1
+
+
+async def _serve(
+    server: Server,
+    options: ServeOptions,
+    activated: list[Endpoint] | None,
+    stopping: Stopping,
+    files: ExitStack,
+) -> int:
+    endpoints = activated or []
+    if options.addresses is not None:
+        endpoints = open_endpoints(options.addresses, files)
+    if options.session is not None and not await _unless_asked(
+        stopping, _begin(server, options, options.session)
+    ):
+        return 0
+    for endpoint in endpoints:
+        server.listen(endpoint.socket, backup_only=endpoint.backup_only)
+    if activated and (client := handed.starting_client(activated)) is not None:
+        stopping.ask_at_end_of(client)
+    if options.pidfile is not None:
+        files.enter_context(_pidfile(options.pidfile))
+    if options.addresses is not None:
+        _tell_addresses(options, endpoints)
+    notify(os.environ, "READY=1")
+    if options.command is not None:
+        return await _run_command(options, options.command, endpoints, stopping)
+    if options.single:
+        sock = handed.take_standard_input()
+        await _unless_asked(stopping, server.serve_connected(sock))
+    else:
+        await stopping.asked.wait()
+    return 0
+
+
+async def _unless_asked(stopping: Stopping, work: Coroutine[Any, Any, None]) -> bool:
+    """Do the work to its end, or until asked to stop: False."""
+    task = asyncio.create_task(work)
+    asked = asyncio.create_task(stopping.asked.wait())
+    try:
+        await asyncio.wait({task, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task  # raises what it raised
+            return True
+        return False
+    finally:
+        task.cancel()
+        asked.cancel()
+
+
+async def _begin(server: Server, options: ServeOptions, session: str) -> None:
+    directory = options.state_directory
+    assert directory is not None, "a session needs a state directory"
+    try:
+        make_private_directory(directory)
+        temp = TempDirectory(directory, session)
+        await server.begin(session, None, options.session_options, temp.make)
+    except OSError as error:
+        raise CommandError(f"cannot begin session {session}: {reason(error)}") from error
+
+
+def _tell_addresses(options: ServeOptions, endpoints: Sequence[Endpoint]) -> None:
+    first, *others = endpoints
+    for export in options.exports:
+        logger.info("serving %s at %s", export, first.uri(export))
+    for endpoint in others:
+        which = "fleecing exports only" if endpoint.backup_only else "all exports"
+        logger.info("serving %s at %s", which, endpoint.uri(""))
+
+
+@contextmanager
+def _pidfile(path: Path) -> Iterator[None]:
+    """Our pid in a file, whole from its first moment; removed at the end if it is still ours."""
+    text = f"{os.getpid()}\n"
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise CommandError(f"cannot write the pidfile {reason(error, str(path))}") from error
+    try:
+        yield
+    finally:
+        try:
+            if path.read_text() == text:
+                path.unlink()
+        except OSError:
+            pass  # gone already, with its directory perhaps
+
+
+async def _run_command(
+    options: ServeOptions, command: str, endpoints: Sequence[Endpoint], stopping: Stopping
+) -> int:
+    """Run the command of --run to its end; its exit status, 128 + n for signal n."""
+    environment = dict(os.environ)
+    environment.pop("NOTIFY_SOCKET", None)
+    first = endpoints[0]
+    environment["uri"] = first.uri(options.command_export)
+    environment["unixsocket"] = first.unix or ""
+    ports = [endpoint.port for endpoint in endpoints if endpoint.port and not endpoint.backup_only]
+    environment["port"] = str(ports[0]) if ports else ""
+    try:
+        process = await asyncio.create_subprocess_exec("/bin/sh", "-c", command, env=environment)
+    except OSError as error:
+        raise CommandError(f"cannot run the command of --run: {reason(error)}") from error
+    ended = asyncio.create_task(process.wait())
+    asked = asyncio.create_task(stopping.asked.wait())
+    await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    if not ended.done():
+        # At a terminal it has had the signal already; once more does no harm.
+        process.terminate()
+        await asyncio.wait({ended}, timeout=COMMAND_TIMEOUT_S)
+        if not ended.done():
+            logger.warning("the command of --run (pid %d) goes on", process.pid)
+            ended.cancel()
+            return 1
+    status = ended.result()
+    return 128 - status if status < 0 else status
+
+
+async def _stop(server: Server, stopping: Stopping) -> bool:
+    """Stop the server; False where it was at once, or it failed."""
+    stop = asyncio.create_task(server.stop())
+    at_once = asyncio.create_task(stopping.at_once.wait())
+    await asyncio.wait({stop, at_once}, return_when=asyncio.FIRST_COMPLETED)
+    at_once.cancel()
+    if not stop.done():
+        server.abort()
+        return False
+    if (error := stop.exception()) is not None:
+        logger.error("the server did not stop as it should", exc_info=error)
+        return False
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=TASKS_TIMEOUT_S)
+    return True

@@ -1,0 +1,124 @@
+"""Values as they are typed: disks, names, sizes, modes. Every function raises UsageError."""
+
+from __future__ import annotations
+
+import grp
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fleecenbd.cli.errors import UsageError
+
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_SIZE = re.compile(r"(\d+)(?:([kKMGTP])(?:iB)?)?")
+_URI = re.compile(r"(nbds?(\+unix|\+vsock)?)://")
+_UNITS = " kMGTP"
+
+NAME_LENGTH_MAX = 100
+"""Characters of a disk's or a session's name: DISK@SESSION stays far below NBD's 256."""
+
+
+@dataclass(frozen=True)
+class DiskSpec:
+    """A disk as given on the command line: ``[NAME=]IMAGE``.
+
+    ``raw``: written as ``raw:PATH``, so that its content is not looked at.
+    """
+
+    name: str
+    path: str
+    raw: bool = False
+
+
+def parse_disk(text: str) -> DiskSpec:
+    """``[NAME=]IMAGE``; NAME stands before the first ``/`` and defaults to the file's stem."""
+    name, equals, image = text.partition("=")
+    if not (equals and _NAME.fullmatch(name)):
+        name, image = "", text
+    raw = image.startswith("raw:")
+    if raw:
+        image = image.removeprefix("raw:")
+    elif image.startswith("qcow2:"):
+        raise UsageError(
+            f"{text}: qcow2 images cannot be served yet; give a raw image or a block device"
+        )
+    elif _URI.match(image):
+        raise UsageError(
+            f"{text}: disks on other NBD servers cannot be served yet; "
+            "give a raw image or a block device"
+        )
+    if not image:
+        raise UsageError(f"{text!r} names no image; write [NAME=]IMAGE")
+    if name:
+        check_name(name, "a disk")
+    else:
+        name = Path(image).stem
+        if not _is_name(name):
+            raise UsageError(
+                f"{text}: {name!r} cannot be a disk's name "
+                "(letters, digits, '.', '_' and '-' only); write NAME=IMAGE"
+            )
+    return DiskSpec(name, image, raw)
+
+
+def parse_disks(texts: Sequence[str]) -> tuple[DiskSpec, ...]:
+    """As ``parse_disk``, and no name may come twice."""
+    disks: dict[str, DiskSpec] = {}
+    for text in texts:
+        disk = parse_disk(text)
+        other = disks.setdefault(disk.name, disk)
+        if other is not disk:
+            raise UsageError(
+                f"two disks are called {disk.name}: {other.path} and {disk.path}; "
+                "write NAME=IMAGE to name them apart"
+            )
+    return tuple(disks.values())
+
+
+def _is_name(text: str) -> bool:
+    return (
+        _NAME.fullmatch(text) is not None
+        and text not in (".", "..")
+        and len(text) <= NAME_LENGTH_MAX
+    )
+
+
+def check_name(text: str, whose: str) -> str:
+    """The text, if it can be a name; ``whose``: "a session", for the message."""
+    if not _is_name(text):
+        raise UsageError(
+            f"{text!r} cannot be {whose}'s name: 1 to {NAME_LENGTH_MAX} letters, digits, "
+            "'.', '_' and '-'"
+        )
+    return text
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of ``4096``, ``64k``, ``10G``, ``1MiB``: units are powers of 1024."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{option}: {text!r} is no size; write it as 4096, 64k, 1MiB or 10G")
+    number, unit = match.groups()
+    # A decimal of any length would cost time; sizes are below 2**63.
+    size = int(number[:20]) << 10 * _UNITS.index({"K": "k", None: " "}.get(unit, unit))
+    if len(number) > 20 or size >= 1 << 63:
+        raise UsageError(f"{option}: {text} is more than any disk holds")
+    return size
+
+
+def parse_mode(text: str) -> int:
+    """Permission bits of ``660``, ``0660`` or ``0o660``."""
+    if not re.fullmatch(r"(0o?)?[0-7]{3}", text):
+        raise UsageError(f"--socket-mode: {text!r} is no mode; write three octal digits, as in 660")
+    return int(text[-3:], 8)
+
+
+def parse_group(text: str) -> int:
+    """The id of a group given by name or by number."""
+    if re.fullmatch(r"\d{1,9}", text):
+        return int(text)
+    try:
+        return grp.getgrnam(text).gr_gid
+    except (KeyError, ValueError):
+        raise UsageError(f"--socket-group: there is no group called {text!r}") from None
