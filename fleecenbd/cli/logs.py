@@ -91,7 +91,7 @@ class DescriptorHandler(logging.Handler):
         try:
             if self.lost and self._writable():
                 lost, self.lost = self.lost, 0
-                text = f"{lost} lines of this log were lost: nobody read standard error"
+                text = f"nobody read standard error: lines of this log lost: {lost}"
                 self._put(logging.makeLogRecord({**_LOST, "msg": text}))
             self._put(record)
         except Exception:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,10 @@ def _pidfile(path: Path) -> Iterator[None]:
         draft.write_text(text)
         draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise CommandError(f"cannot write the pidfile {reason(error, str(path))}") from error
+        with suppress(OSError):
+            draft.unlink()
+        cause = reason(OSError(error.errno, error.strerror, str(path)))
+        raise CommandError(f"cannot write the pidfile {cause}") from error
     try:
         yield
     finally:

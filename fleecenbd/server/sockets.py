@@ -106,7 +106,10 @@ def _locked_directory(path: str) -> Iterator[None]:
         if error.errno == errno.EACCES:  # one may bind in it, but not read it
             yield
             return
-        raise
+        if error.errno == errno.ENOENT:
+            text = "its directory does not exist; make it, or choose another path"
+            raise OSError(errno.ENOENT, text, path) from None
+        raise OSError(error.errno, error.strerror, path) from None
     try:
         deadline = time.monotonic() + _DIRECTORY_LOCK_S
         while True:
