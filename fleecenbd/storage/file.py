@@ -16,10 +16,12 @@ Inline or in the pool (performance.md, "now, or later")
 Writes that stay fast
     The page cache takes a write in microseconds, until the kernel throttles those who dirty it
     (balance_dirty_pages): then one write sleeps for up to 0.2 s, and there is no way to ask
-    beforehand. So every write is measured. One that took ``WRITE_SLOW_S`` sends the next ones
-    to the pool for ``WRITE_PAUSE_FACTOR`` times as long as it took, which bounds the share of
-    the loop's time that throttling can take; and writes are measured in the pool too, where
-    being slow stalls nobody, so that the loop tries again only when they are fast there.
+    beforehand. So every write is measured: one that was slow *and slept* (by the thread's count
+    of voluntary context switches: on a busy machine a thread also loses 5 or 20 ms to others,
+    which says nothing about the disk) has held up the loop. Such writes may do so for
+    ``STALL_SHARE`` of the time, with ``STALL_MAX_S`` at once to spare. Past that, the pool takes
+    the writes, until the share has sunk again. They are measured there too, where being slow
+    stalls nobody, so that the loop does not try again while they are throttled there.
     A write of part of a page may have to read the page first: it is made inline only where the
     page is in the cache.
 
@@ -33,6 +35,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import resource
 import stat
 from time import monotonic
 from typing import Any, Protocol
@@ -48,11 +51,17 @@ from fleecenbd.storage.space import Space
 NOW_LENGTH_MAX = 1 << 20
 """Bytes: longer reads and writes go to the pool, for they would hold up the loop."""
 
-WRITE_SLOW_S = 0.005
-"""Seconds: a write that took as long was throttled, or waited for a disk."""
+WRITE_SLOW_S = 0.002
+"""Seconds: an inline write that took as long, and slept, has held up the loop."""
 
-WRITE_PAUSE_FACTOR = 20
-"""After a slow write, the pool takes the writes for this many times as long as it took."""
+STALL_SHARE = 0.05
+"""Share of the time that slow inline writes may hold up the loop."""
+
+STALL_MAX_S = 0.05
+"""Seconds that they may hold it up at once, before the pool takes the writes."""
+
+POOL_WRITE_SLOW_S = 0.05
+"""Seconds: a pool's write that took as long was throttled (threads wait for each other, too)."""
 
 _PAGE_MASK = os.sysconf("SC_PAGESIZE") - 1
 
@@ -63,6 +72,8 @@ _preadv = os.preadv
 _pread = os.pread
 _pwrite = os.pwrite
 _RWF_NOWAIT = os.RWF_NOWAIT
+_getrusage = resource.getrusage
+_RUSAGE_THREAD = resource.RUSAGE_THREAD
 
 # bytearray(length) clears memory that the read then overwrites: a fifth of the time of a
 # 256 KiB read from the page cache. A buffer that was not filled whole is never handed out.
@@ -111,7 +122,7 @@ class FileDevice:
         self._pool = ThreadPool(name, role, size_max=threads_max)
         self._space = Space(descriptor, name)
         self._flush_error: tuple[int | None, str | None] | None = None
-        self._write_inline_from = 0.0  # time of monotonic()
+        self._write_inline_from = 0.0  # time of monotonic(): the pool has the writes until then
 
         self.pread_now: ReadNow
         self.pwrite_now: WriteNow
@@ -197,10 +208,12 @@ class FileDevice:
             return False
         if (offset | length) & _PAGE_MASK and not self._edges_are_cached(offset, length):
             return False
+        sleeps = _getrusage(_RUSAGE_THREAD).ru_nvcsw
         written = _pwrite(self._descriptor, data, offset)
         ended = monotonic()
-        if ended - started > WRITE_SLOW_S:
-            self._write_inline_from = ended + (ended - started) * WRITE_PAUSE_FACTOR
+        if ended - started > WRITE_SLOW_S and _getrusage(_RUSAGE_THREAD).ru_nvcsw > sleeps:
+            spared = max(self._write_inline_from, ended - STALL_MAX_S / STALL_SHARE)
+            self._write_inline_from = spared + (ended - started) / STALL_SHARE
         if written != length:  # out of space, most likely: the next call says so
             self._write_rest(offset, data, written)
         return True
@@ -235,9 +248,8 @@ class FileDevice:
         system_calls.write_all(descriptor, offset, data, self.name)
         ended = monotonic()
         # A long write may take its time; a throttled one takes more.
-        slow_s = WRITE_SLOW_S * max(1.0, len(data) / NOW_LENGTH_MAX)
-        if ended - started > slow_s:
-            pause_s = (ended - started) * WRITE_PAUSE_FACTOR
+        if ended - started > POOL_WRITE_SLOW_S * max(1.0, len(data) / NOW_LENGTH_MAX):
+            pause_s = (ended - started) / STALL_SHARE
             self._write_inline_from = max(self._write_inline_from, ended + pause_s)
 
     def _edges_are_cached(self, offset: int, length: int) -> bool:

@@ -11,10 +11,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fleecenbd.storage import file as file_module
 from fleecenbd.storage import system_calls
-from fleecenbd.storage.file import NOW_LENGTH_MAX, WRITE_PAUSE_FACTOR, FileDevice
+from fleecenbd.storage.file import (
+    NOW_LENGTH_MAX,
+    STALL_MAX_S,
+    STALL_SHARE,
+    WRITE_SLOW_S,
+    FileDevice,
+)
 from fleecenbd.storage.filesystem import Medium
 from fleecenbd.storage.locks import LockMode
 
@@ -128,18 +136,22 @@ async def test_what_is_in_memory_is_read_and_written_inline() -> None:
 
 
 class PageCache:
-    """A pwrite that takes as long as the test says, on a clock of its own."""
+    """A pwrite that takes as long as the test says, asleep or not, on a clock of its own."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 1000.0
         self.takes_s = 0.0
+        self.sleeps = True
+        self.ru_nvcsw = 0  # as in getrusage's answer
         monkeypatch.setattr(file_module, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(file_module, "_getrusage", lambda who: self)
         monkeypatch.setattr(file_module, "_pwrite", self._timed(os.pwrite))
         monkeypatch.setattr(system_calls, "write_all", self._timed(system_calls.write_all))
 
     def _timed(self, call: Callable[..., object]) -> Callable[..., object]:
         def timed(*arguments: object) -> object:
             self.now_s += self.takes_s
+            self.ru_nvcsw += self.sleeps
             return call(*arguments)
 
         return timed
@@ -157,20 +169,64 @@ async def test_writes_stay_inline_while_they_are_fast(image: Path, page_cache: P
     device.close()
 
 
-async def test_a_slow_write_sends_the_next_ones_to_the_pool_for_a_while(
+async def test_a_write_that_is_slow_once_in_a_while_stays_inline(
     image: Path, page_cache: PageCache
 ) -> None:
     device = opened(image, Medium.UNCACHED_READS)
-    page_cache.takes_s = 0.1
+    for _ in range(100):
+        page_cache.takes_s = STALL_MAX_S / 2
+        assert device.pwrite_now(0, bytes(4096))
+        page_cache.takes_s = 0.0
+        page_cache.now_s += STALL_MAX_S / STALL_SHARE
+        assert device.pwrite_now(0, bytes(4096))
+    device.close()
+
+
+async def test_a_write_that_waited_for_a_processor_only_was_not_slow(
+    image: Path, page_cache: PageCache
+) -> None:
+    device = opened(image, Medium.UNCACHED_READS)
+    page_cache.takes_s = 10.0
+    page_cache.sleeps = False
+    assert all(device.pwrite_now(0, bytes(4096)) for _ in range(10))
+    device.close()
+
+
+async def test_slow_writes_send_the_next_ones_to_the_pool_for_a_while(
+    image: Path, page_cache: PageCache
+) -> None:
+    device = opened(image, Medium.UNCACHED_READS)
+    page_cache.takes_s = STALL_MAX_S
     assert device.pwrite_now(0, b"\x01" * 4096)
-    pause_s = page_cache.takes_s * WRITE_PAUSE_FACTOR
-    assert not device.pwrite_now(0, b"\x02" * 4096)
+    assert device.pwrite_now(0, b"\x02" * 4096)
+    pause_s = STALL_MAX_S / STALL_SHARE - STALL_MAX_S
+    assert not device.pwrite_now(0, b"\x03" * 4096)
     page_cache.now_s += pause_s * 0.99
-    assert not device.pwrite_now(0, b"\x02" * 4096)
-    assert content_of(image)[:4096] == b"\x01" * 4096, "False means that nothing was written"
-    page_cache.now_s += pause_s * 0.02
+    assert not device.pwrite_now(0, b"\x03" * 4096)
+    assert content_of(image)[:4096] == b"\x02" * 4096, "False means that nothing was written"
+    page_cache.now_s += pause_s * 0.2
     page_cache.takes_s = 0.0
     assert device.pwrite_now(0, b"\x03" * 4096)
+    device.close()
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(writes=st.lists(st.floats(0.0, 0.3), min_size=20, max_size=200))
+def test_slow_writes_hold_up_the_loop_for_no_more_than_their_share(
+    image: Path, page_cache: PageCache, writes: list[float]
+) -> None:
+    device = opened(image, Medium.UNCACHED_READS)
+    began_s = page_cache.now_s
+    stalled_s = 0.0
+    for page_cache.takes_s in writes:
+        if device.pwrite_now(0, bytes(4096)):
+            stalled_s += page_cache.takes_s
+        else:
+            page_cache.now_s += page_cache.takes_s
+    passed_s = page_cache.now_s - began_s
+    # The last write may be of any length, and many may be just not slow.
+    fast_s = WRITE_SLOW_S * len(writes)
+    assert stalled_s <= STALL_MAX_S + STALL_SHARE * passed_s + max(writes) + fast_s
     device.close()
 
 
