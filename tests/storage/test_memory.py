@@ -1,4 +1,4 @@
-"""MemoryDevice beyond the contract: the space it holds."""
+"""MemoryDevice beyond what every device promises: the space it holds."""
 
 from __future__ import annotations
 
