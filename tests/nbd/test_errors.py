@@ -58,6 +58,7 @@ def test_a_negotiation_error_that_says_ack_is_a_bug_of_ours() -> None:
 
 def test_a_shown_name_is_short_and_printable() -> None:
     assert shown_name("vda") == "'vda'"
+    assert shown_name("x" * 80) == f"'{'x' * 80}'"
     assert shown_name("a\x1b[31m\nb") == "'a?[31m?b'"
     assert len(shown_name("x" * 4096)) == 82
     assert shown_name("x" * 4096).endswith("x…'")
