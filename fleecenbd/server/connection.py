@@ -303,7 +303,7 @@ class Connection(asyncio.Protocol):
                         self._ending = True
                         break
                 except OSError as error:
-                    out.append(failure(replies, request, error))
+                    out.append(self._failure(request, error))
                     continue
                 self._start(request)
         except ProtocolError as error:
@@ -353,12 +353,15 @@ class Connection(asyncio.Protocol):
         try:
             reply = await perform(self._export(), self._replies, self._contexts, pending.request)
         except OSError as error:
-            reply = [failure(self._replies, pending.request, error)]
+            reply = [self._failure(pending.request, error)]
         except Exception:
             logger.exception("%s: request %s failed", self.peer, pending.request[1:5])
             _, _, cookie, offset, _, _ = pending.request
             reply = [self._replies.error(cookie, offset, NBD_EIO, "internal error")]
         self._answer(pending, reply)
+
+    def _failure(self, request: Request, error: OSError) -> bytes:
+        return failure(self._replies, request, error, is_guest=self._export().is_guest)
 
     def _answer(self, pending: _Pending, reply: list[Buffer]) -> None:
         cost, pending.cost = pending.cost, 0
@@ -384,7 +387,7 @@ class Connection(asyncio.Protocol):
         for pending in list(self._tasks.values()):
             if not pending.answered:
                 # The bytes stay charged until the task ends: it still holds them.
-                reply = failure(self._replies, pending.request, error)
+                reply = self._failure(pending.request, error)
                 pending.answered = True
                 self._unsent.append(([reply], 0))
         if not self._write_paused:

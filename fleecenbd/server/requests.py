@@ -15,6 +15,8 @@ from fleecenbd.nbd.constants import (
     NBD_CMD_TRIM,
     NBD_CMD_WRITE,
     NBD_CMD_WRITE_ZEROES,
+    NBD_EIO,
+    NBD_ESHUTDOWN,
 )
 from fleecenbd.nbd.errors import nbd_errno
 from fleecenbd.nbd.replies import Buffer, SimpleReplies, StructuredReplies
@@ -72,10 +74,16 @@ async def _block_status(
     return replies.block_status(cookie, offset, answer, req_one=one)
 
 
-def failure(replies: Replies, request: Request, error: OSError) -> bytes:
-    """The reply to a request that failed."""
+def failure(replies: Replies, request: Request, error: OSError, *, is_guest: bool) -> bytes:
+    """The reply to a request that failed.
+
+    A guest never sees NBD_ESHUTDOWN, not even when its own device says so: QEMU takes it for the
+    server's end (docs/semantics.md, section 9).
+    """
     flags, command, cookie, offset, _, _ = request
     fast = command == NBD_CMD_WRITE_ZEROES and flags & NBD_CMD_FLAG_FAST_ZERO != 0
     number = nbd_errno(error.errno, fast_zero=fast)
+    if number == NBD_ESHUTDOWN and is_guest:
+        number = NBD_EIO
     text = error.strerror or str(error)
     return replies.error(cookie, offset, number, text, is_read=command == NBD_CMD_READ)
