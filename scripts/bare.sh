@@ -27,6 +27,7 @@ repository=$(cd "$(dirname "$0")/.." && pwd)
 if [ "${1:-}" = --inside ]; then
     machine=$2
     shift 2
+    mount --bind "$machine" "$machine"
     mount -t proc proc "$machine/proc"
     mount --rbind /sys "$machine/sys"
     mount --rbind /dev "$machine/dev"
@@ -36,12 +37,14 @@ if [ "${1:-}" = --inside ]; then
         mkdir -p "$machine$folder"
         mount --bind -o ro "$folder" "$machine$folder"
     done <"$machine/bare-folders"
-    status=0
+    # Not only chroot: in one, the root is no mount point, and user namespaces are refused.
+    cd "$machine"
+    mkdir -p outside
+    pivot_root . outside
     # shellcheck disable=SC2046
-    env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    exec env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
         LANG=C.UTF-8 TERM="${TERM:-dumb}" $(env | grep -E '^(PIP_|https?_proxy=|no_proxy=|SSL_CERT_)') \
-        chroot "$machine" sh -c 'cd /root/fleecenbd && exec "$@"' sh "$@" || status=$?
-    exit "$status"
+        chroot . sh -c 'umount -l /outside && cd /root/fleecenbd && exec "$@"' sh "$@"
 fi
 
 # --- outside: make the machine, fill it, start the inside --------------------------------------

@@ -81,6 +81,7 @@ tools() {
     need fio fio
     need qemu-utils qemu-img qemu-io
     need qemu-system-common qemu-storage-daemon
+    need qemu-system-x86 qemu-system-x86_64
     need nbdkit nbdkit
     need git git
     install_missing

@@ -197,6 +197,7 @@ def try_run(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        errors="replace",
         env={**os.environ, "PATH": CLIENTS_PATH},
         timeout=timeout_s,
         check=False,

@@ -191,7 +191,8 @@ def test_a_full_temp_image_breaks_the_session_with_its_cause_and_not_the_guest(
     (tmp_path / "state").mkdir()
     # A file system of its own for the server's state: one with next to no space.
     mount = f'mount -t tmpfs -o size=512k tmpfs {tmp_path / "state"} && exec "$@"'
-    prefix = ("unshare", "--mount", "--map-root-user", "sh", "-c", mount, "sh")
+    user = () if os.geteuid() == 0 else ("--map-root-user",)
+    prefix = ("unshare", "--mount", *user, "sh", "-c", mount, "sh")
     with serving(tmp_path, disk, "--begin", "nightly", prefix=prefix) as server:
         with connected(server.uri("vm")) as guest, connected(server.uri("vm@nightly")) as backup:
             overwrite(guest, [(offset, 64 * KIB) for offset in range(0, 8 * MIB, 64 * KIB)])

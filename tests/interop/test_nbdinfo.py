@@ -10,7 +10,7 @@ from tests.serving import connected, run, try_run
 
 
 def _export(uri: str) -> dict[str, Any]:
-    exports = json.loads(run("nbdinfo", "--json", uri))["exports"]
+    exports = json.loads(run("nbdinfo", "--no-content", "--json", uri))["exports"]
     assert len(exports) == 1
     export: dict[str, Any] = exports[0]
     return export
@@ -23,7 +23,7 @@ def _contexts(export: dict[str, Any]) -> list[str]:
 
 def test_the_list_names_every_export_with_a_description(fleeced: Fleeced) -> None:
     uri = f"nbd+unix://?socket={fleeced.server.unix}"
-    exports = json.loads(run("nbdinfo", "--list", "--json", uri))["exports"]
+    exports = json.loads(run("nbdinfo", "--list", "--no-content", "--json", uri))["exports"]
     described = {export["export-name"]: export["description"] for export in exports}
     assert set(described) == {"vm", "vm@nightly"}
     assert described["vm"] == "guest disk vm"
