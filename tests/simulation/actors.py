@@ -93,8 +93,8 @@ async def pull(world: World, watch: FleeceWatch, plan: SessionPlan, number: int)
         reads.append(world.spawn(one(offset, length), f"pull {watch.name} {number}"))
         if len(reads) >= depth:
             await asyncio.wait([reads.pop(0)])
-        if rng.random() < 0.3:
-            await asyncio.sleep(rng.random() * 0.05)
+        if rng.random() < 0.5:
+            await asyncio.sleep(rng.random() * 0.1)
 
 
 async def trimmer(world: World, watch: FleeceWatch, plan: SessionPlan, number: int) -> None:
@@ -107,7 +107,7 @@ async def trimmer(world: World, watch: FleeceWatch, plan: SessionPlan, number: i
             return
         offset, length = draw_range(rng, watch.size, unit)
         if length == watch.size and rng.random() < 0.8:
-            length = -(-length // 2)
+            length = min(unit, watch.size)
         if rng.random() < 0.1:
             length = max(length, 3 * unit)
             length = min(length, watch.size - offset)

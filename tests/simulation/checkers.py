@@ -52,8 +52,9 @@ class FleeceWatch:
         self.freed = bytearray(self.clusters)
         """Per cluster: a TRIM of it has been acknowledged."""
         self.punch_failed = False
-        self.failure_seen = False
-        """A device call failed that a copy needed, on a cluster with access."""
+        self.failures: list[tuple[int, int, int]] = []
+        """(moment, offset, end) of calls that failed, that a copy needed, on a cluster with
+        access."""
         self.dead_at: float | None = None
         self.session: Any = None
         self.ranges_in_flight: list[tuple[int, int]] = []
@@ -224,8 +225,14 @@ class Checkers:
 
     def has_cause(self, watch: FleeceWatch, requests: list[GuestRequest]) -> bool:
         """Did anything happen for which a fleece may break, or one of these requests fail?"""
-        if watch.failure_seen or watch.limit is not None:
+        if watch.limit is not None:
             return True
+        for request in requests:
+            first, end = watch.span(request.offset, request.length)
+            low, high = first << watch.shift, end << watch.shift
+            for moment, offset, stop in watch.failures:
+                if moment >= request.sent and offset < high and low < stop:
+                    return True
         timeout_s = watch.plan.cbw_timeout_s
         now = self.world.loop.time()
         return timeout_s > 0 and any(
@@ -308,10 +315,20 @@ class Checkers:
             if watch is not None and call.kind == "trim":
                 watch.punch_failed = True
             elif watch is not None and call.kind in CHANGES:
-                watch.failure_seen |= watch.has_access(call.offset, call.length)
+                self._failed(watch, call)
         elif call.kind == "read" and isinstance(request, GuestWrite):
             for watch in self.world.disk_of[device].watches:
-                watch.failure_seen |= watch.has_access(call.offset, call.length)
+                self._failed(watch, call)
+
+    def _failed(self, watch: FleeceWatch, call: Call) -> None:
+        if watch.has_access(call.offset, call.length):
+            watch.failures.append((self.world.tick(), call.offset, call.end))
+            return
+        first, end = watch.span(call.offset, call.length)
+        for copy in watch.state.copies:
+            if copy.first <= first and end <= copy.end:
+                live = watch.fleece.access.bits.find(1, copy.first, copy.end) >= 0
+                self.met["failures on released clusters of a live copy"] += live
 
     def _holds_freed(self, watch: FleeceWatch, first: int, end: int) -> bool:
         size = 1 << watch.shift

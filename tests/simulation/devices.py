@@ -40,7 +40,10 @@ class Profile:
     quantum_s: float = 0.0
     """Latencies are rounded up to multiples of this, so that calls end at one moment."""
     pieces_max: int = 4
-    now_chance: float = 0.0
+    pace: dict[str, float] = field(default_factory=dict)
+    """Factor of the latency, by kind of call."""
+    now_read_chance: float = 0.0
+    now_write_chance: float = 0.0
     fail: dict[str, float] = field(default_factory=dict)
     """Chance to fail, by kind of call: read, write, zero, trim, flush, extents."""
     hang: dict[str, float] = field(default_factory=dict)
@@ -135,7 +138,7 @@ class SimDevice:
     # the device interface
 
     def pread_now(self, offset: int, length: int) -> Buffer | None:
-        if not self._answers_now():
+        if not self._answers_now(self.profile.now_read_chance):
             return None
         call = self._call("read", offset, length, None)
         self._now(call)
@@ -147,7 +150,7 @@ class SimDevice:
         return data
 
     def pwrite_now(self, offset: int, data: Data) -> bool:
-        if not self._answers_now():
+        if not self._answers_now(self.profile.now_write_chance):
             return False
         self._now(self._call("write", offset, len(data), data))
         return True
@@ -200,8 +203,7 @@ class SimDevice:
 
     # a call's life
 
-    def _answers_now(self) -> bool:
-        chance = self.profile.now_chance
+    def _answers_now(self, chance: float) -> bool:
         alive = self._wakes_at() <= self._loop.time()
         return chance > 0 and alive and self._rng.random() < chance
 
@@ -273,6 +275,7 @@ class SimDevice:
         rng = self._rng
         profile = self.profile
         delay = rng.uniform(profile.latency_min_s, profile.latency_max_s) / parts
+        delay *= profile.pace.get(call.kind, 1.0)
         if rng.random() < profile.slow_chance:
             delay *= profile.slow_factor
         if rng.random() < 0.15:
@@ -348,7 +351,7 @@ class SimDevice:
             content[offset:end] = call.data[start : start + length]
             self._take_space(offset, end)
         elif kind == "extents":
-            if offset == call.offset:
+            if end == call.end:
                 call.data = self._extents(call.offset, call.length)
         elif kind != "flush":
             content[offset:end] = bytes(length)

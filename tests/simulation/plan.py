@@ -80,9 +80,11 @@ KINDS = ("calm", "hung temp", "failing temp", "failing active", "crowd", "races"
 def draw(seed: int) -> Plan:
     """The plan of a seed."""
     rng = random.Random(f"plan {seed}")
-    kind = rng.choices(KINDS, weights=(3, 5, 5, 2, 4, 8, 4, 1))[0]
-    now_chance = rng.choice((0.0, 0.3, 0.6, 1.0))
+    kind = rng.choices(KINDS, weights=(2, 5, 8, 2, 4, 8, 4, 1))[0]
+    now_chance = rng.choice((0.0, 0.5, 1.0, 1.0))
     reacts = rng.choice((0.0, 0.1, 0.3, 0.6))
+    if kind == "failing temp":
+        reacts = rng.choice((0.3, 0.6))
     disk_count = rng.choices((1, 2, 3), weights=(6, 3, 1))[0]
     if kind in ("races", "long"):
         disk_count = 1
@@ -90,15 +92,17 @@ def draw(seed: int) -> Plan:
         _disk(random.Random(f"disk {seed} {number}"), kind, number, disk_count)
         for number in range(disk_count)
     )
-    session_count = rng.choices((1, 2, 3), weights=(4, 3, 1))[0]
+    session_count = rng.randrange(2, 5)
     if kind == "crowd":
-        session_count = rng.randrange(2, 5)
+        session_count = rng.randrange(4, 7)
+    if kind == "long":
+        session_count = rng.randrange(1, 3)
     sessions = tuple(
         _session(random.Random(f"session {seed} {number}"), kind, number, disks)
         for number in range(session_count)
     )
     limits = _limits(rng, disks[0].unit) if rng.random() < 0.5 else {}
-    return Plan(seed, kind, now_chance, disks, sessions, limits, reacts, reactions_max=40)
+    return Plan(seed, kind, now_chance, disks, sessions, limits, reacts, reactions_max=100)
 
 
 def _limits(rng: random.Random, unit: int) -> dict[str, int]:
@@ -118,13 +122,18 @@ def _limits(rng: random.Random, unit: int) -> dict[str, int]:
 def _disk(rng: random.Random, kind: str, number: int, disk_count: int) -> DiskPlan:
     unit = rng.choice((4096, 4096, 4096, 8192, 16384))
     clusters = rng.randrange(1, 4) if kind == "races" else rng.randrange(2, 20)
+    if kind == "failing temp":
+        clusters = rng.randrange(4, 12)
     if kind == "long":
         few, many = (65536, rng.randrange(17, 40)), (4096, rng.randrange(257, 400))
         unit, clusters = rng.choice((few, many))
     size = unit * clusters + rng.choice((0, 0, 1, 512, 513, -1, -512, unit // 2, -(unit // 2)))
     size = max(size, rng.choice((1, 512, unit)))
     content = bytearray(rng.randbytes(size))
-    zero_share = rng.choice((0.0, 0.3, 0.7))
+    zero_share = rng.choice((0.0, 0.3, 0.3, 0.7))
+    if kind == "failing temp":
+        # Copies of several runs, some of which fail.
+        zero_share = rng.choice((0.2, 0.5))
     for cluster in range(-(-size // unit)):
         if rng.random() < zero_share:
             end = min(size, (cluster + 1) * unit)
@@ -136,7 +145,7 @@ def _disk(rng: random.Random, kind: str, number: int, disk_count: int) -> DiskPl
         profile = replace(profile, hang={"read": 0.03, "extents": 0.03})
     if rng.random() < 0.03:
         profile = replace(profile, slow_chance=0.02, slow_factor=1000.0)
-    requests = rng.randrange(8, 32) // disk_count + 2
+    requests = rng.randrange(12, 40) // disk_count + 2
     return DiskPlan(
         name=("vda", "vdb", "vdc")[number],
         size=size,
@@ -144,7 +153,7 @@ def _disk(rng: random.Random, kind: str, number: int, disk_count: int) -> DiskPl
         content=bytes(content),
         profile=profile,
         guests=rng.choice((1, 2, 2, 3)),
-        requests=4 + requests // 3 if kind == "long" else requests,
+        requests=4 + requests // 4 if kind == "long" else requests,
         depth=rng.choice((1, 2, 4, 8)),
         think_s=rng.choice((0.0, 0.002, 0.01, 0.05)),
         vanish_chance=rng.choice((0.0, 0.0, 0.1)),
@@ -156,10 +165,13 @@ def _profile(rng: random.Random) -> Profile:
     return Profile(
         latency_min_s=slowest / 30,
         latency_max_s=slowest,
-        slow_chance=rng.choice((0.0, 0.05)),
+        slow_chance=rng.choice((0.0, 0.05, 0.2)),
+        slow_factor=rng.choice((5.0, 30.0)),
         quantum_s=rng.choice((0.0, 0.0, slowest / 4, slowest)),
         pieces_max=rng.choice((1, 2, 3, 5)),
-        now_chance=rng.choice((0.0, 0.0, 0.4, 0.7, 0.9)),
+        pace={"extents": rng.choice((1.0, 8.0)), "read": rng.choice((1.0, 1.0, 4.0))},
+        now_read_chance=rng.choice((0.0, 0.0, 0.5, 0.5)),
+        now_write_chance=rng.choice((0.0, 0.0, 0.9, 0.9)),
         fast_zero=rng.random() < 0.8,
     )
 
@@ -183,9 +195,12 @@ def _session(
             profile = replace(profile, dies_at_s=dies, lives_again_at_s=lives)
         timeout_s = rng.choice((0.0, slowest * 3, slowest * 10, 1.0, 20.0))
     if kind == "failing temp" or (kind == "races" and rng.random() < 0.5):
-        fail = rng.choice((0.1, 0.3))
+        fail = rng.choice((0.2, 0.5))
         profile = replace(
-            profile, fail={"write": fail, "zero": fail, "trim": fail / 3, "read": fail / 3}
+            profile,
+            pace={**profile.pace, "write": rng.choice((1.0, 4.0))},
+            now_write_chance=rng.choice((0.0, 0.0, 0.9)),
+            fail={"write": fail, "zero": fail, "trim": fail / 3, "read": fail / 3},
         )
         if rng.random() < 0.3:
             profile = replace(profile, space_max=unit * rng.randrange(1, 8))
@@ -195,7 +210,7 @@ def _session(
         profile = replace(profile, fail={"write": fail, "trim": fail / 3})
     arms_at_s = rng.choice((0.0, 0.0, rng.uniform(0, 0.2)))
     if number:
-        arms_at_s = rng.uniform(0, 0.3)
+        arms_at_s = rng.choice((rng.uniform(0, 0.3), rng.uniform(0, 1.0)))
     break_guest = 0.85 if kind == "limit" else 0.5
     return SessionPlan(
         name=f"s{number}",
@@ -210,8 +225,8 @@ def _session(
         temp_profile=profile,
         make_temp_fails=rng.random() < 0.04,
         deadline_s=rng.choice((5.0, 5.0, slowest)),
-        pulls=rng.choice((0, 1, 1, 2)),
-        pull_trims=rng.choice((0.0, 0.5, 1.0)),
+        pulls=rng.choice((0, 0, 1, 2)) if kind == "failing temp" else rng.choice((0, 1, 1, 2)),
+        pull_trims=rng.choice((0.0, 0.0, 0.3, 1.0)),
         trimmers=rng.choice((0, 1, 1, 2)) if kind != "races" else rng.choice((1, 2, 2, 3)),
         mappers=rng.choice((0, 1, 1)),
         vanish_chance=rng.choice((0.0, 0.0, 0.1)),

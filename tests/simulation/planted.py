@@ -214,7 +214,7 @@ BACKUP_SIDE = (
         (
             "            if run_end < 0:\n                run_end = end\n            run_stop",
             "            if run_end < 0:\n                run_end = end\n"
-            "            await __import__('asyncio').sleep(0)\n            run_stop",
+            "            await state.source.flush()\n            run_stop",
         ),
     ),
     _bug(

@@ -25,12 +25,14 @@ Reaction = tuple[int, str]
 TO_TEMP_WRITE: tuple[Reaction, ...] = (
     (8, "trim"), (3, "trim a part"), (1, "read"), (2, "write"), (1, "finish"),
 )  # fmt: skip
+TO_FAILING_TEMP_WRITE: tuple[Reaction, ...] = ((8, "trim"), (1, "trim a part"), (1, "write"))
 TO_TEMP_READ: tuple[Reaction, ...] = ((6, "trim"), (1, "trim a part"), (1, "finish"))
 TO_TEMP_TRIM: tuple[Reaction, ...] = (
     (3, "trim"), (1, "read"), (5, "write elsewhere"), (1, "finish"),
 )  # fmt: skip
 TO_FROZEN_READ: tuple[Reaction, ...] = (
-    (6, "write"), (3, "trim"), (2, "trim a part"), (2, "zero"), (1, "finish"),
+    (4, "write"), (3, "trim"), (2, "trim a part"), (2, "zero"), (1, "finish"),
+    (4, "write a part, trim another"),
 )  # fmt: skip
 TO_COPY_READ: tuple[Reaction, ...] = (
     (4, "trim"), (2, "trim a part"), (4, "read"), (2, "write"), (1, "status"), (1, "finish"),
@@ -62,6 +64,18 @@ def react(world: World, device: SimDevice, call: Call) -> None:
     if what == "write elsewhere":
         offset, length = rng.randrange(disk.size), disk.plan.unit
         what = "write"
+    if what == "write a part, trim another" and watch is not None:
+        first, end = watch.span(offset, length)
+        part, other = rng.randrange(first, end), rng.randrange(first, end)
+        size = 1 << watch.shift
+        data = rng.randbytes(min(size, disk.size - part * size))
+        world.spawn(
+            requests.guest_change(world, disk, "write", part * size, len(data), data),
+            "reaction: write a part",
+        )
+        offset, length = other * size, min(size, watch.size - other * size)
+        delay_s += 2 * device.profile.latency_max_s * rng.random()
+        what = "trim"
     length = min(length, disk.size - offset)
     coro = _after(delay_s, lambda: _action(world, disk, watch, what, offset, length))
     world.met["reactions"] += 1
@@ -77,7 +91,8 @@ def _target(
         if temp_watch is None or temp_watch.dead:
             return None
         tables = {"read": TO_TEMP_READ, "trim": TO_TEMP_TRIM}
-        return temp_watch.disk, temp_watch, tables.get(call.kind, TO_TEMP_WRITE)
+        table = TO_FAILING_TEMP_WRITE if call.fails else TO_TEMP_WRITE
+        return temp_watch.disk, temp_watch, tables.get(call.kind, table)
     disk = world.disk_of[device]
     live = [watch for watch in disk.watches if not watch.dead]
     if not live or call.kind == "flush":

@@ -173,7 +173,11 @@ class World:
 
     def react(self, device: SimDevice, call: Call) -> None:
         """A call began: perhaps somebody does something about its range while it lasts."""
-        if self.reactions_left and self.rng.random() < self.plan.reacts:
+        chance = self.plan.reacts
+        if call.fails and chance:
+            # Somebody who gives up on what is about to fail: rare, and worth meeting often.
+            chance = 0.9
+        if self.reactions_left and self.rng.random() < chance:
             reactions.react(self, device, call)
 
     def log(self, text: str) -> None:
