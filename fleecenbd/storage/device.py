@@ -73,10 +73,11 @@ class Device(Protocol):
         """
 
     async def trim(self, offset: int, length: int) -> None:
-        """Free the range's space where the device can; the range then reads as zeroes.
+        """Free the range's space where the device can; it then reads as zeroes.
 
-        Where the device cannot, nothing happens, and it is no error (a temp image's device
-        raises instead: its users count on the space).
+        Where the device cannot, nothing happens, and it is no error; a block device that
+        discards without promising zeroes leaves them or what was there. (A temp image's device
+        raises instead: its users count on the space, and on zeroes.)
         """
 
     async def flush(self) -> None:

@@ -277,7 +277,7 @@ class FileDevice:
     async def trim(self, offset: int, length: int) -> None:
         """Punch the range out, where the file system or the device can."""
         self._check_writable()
-        await self._pool.run(self._space.trim, offset, length)
+        await self._pool.run(self._space.discard, offset, length)
 
     async def punch(self, offset: int, length: int) -> None:
         """As ``trim``, but ENOTSUP where nothing can be freed."""

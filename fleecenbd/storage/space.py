@@ -3,7 +3,8 @@
 The same calls serve files and block devices. For a block device the kernel turns
 FALLOC_FL_PUNCH_HOLE into a discard that is certain to leave zeroes (and refuses it where the
 device can't promise that), FALLOC_FL_ZERO_RANGE into the device's own way of writing zeroes
-(BLKZEROOUT), which in the worst case writes them out.
+(BLKZEROOUT), which in the worst case writes them out. What a device discards without that
+promise takes an ioctl, BLKDISCARD.
 
 A mode that was refused once is not asked for again.
 """
@@ -22,6 +23,8 @@ from fleecenbd.storage.system_calls import (
 
 PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 ZERO = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
+DISCARD = -1
+"""In the place of a mode: the ioctl BLKDISCARD."""
 
 _REFUSALS = frozenset({errno.ENOTSUP, errno.ENOSYS, errno.ENODEV})
 
@@ -60,6 +63,25 @@ class Space:
             return False
         self._write_edges(offset, length, start, end)
         return True
+
+    def discard(self, offset: int, length: int) -> None:
+        """Free the range where that can be done, whatever it then reads as.
+
+        A device that discards without promising zeroes (thin LVM is one) refuses to punch, and
+        takes BLKDISCARD. It discards in units of its own, so that the range reads as before or
+        as zeroes, block by block.
+        """
+        if self.trim(offset, length) or not self._is_block_device:
+            return
+        start, end = self._whole_blocks(offset, length)
+        if end <= start or DISCARD in self._refused:
+            return
+        try:
+            system_calls.discard(self._descriptor, start, end - start, self._name)
+        except OSError as error:
+            if error.errno not in _REFUSALS:
+                raise
+            self._refused.add(DISCARD)
 
     def _whole_blocks(self, offset: int, length: int) -> tuple[int, int]:
         """The start and the end of the whole blocks in the range; end <= start if none."""

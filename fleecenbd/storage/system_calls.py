@@ -22,6 +22,7 @@ FALLOC_FL_ZERO_RANGE = 0x10
 
 # From linux/fs.h.
 _BLKSSZGET = 0x1268
+_BLKDISCARD = 0x1277
 
 ZEROES_LENGTH = 1 << 20
 """Bytes per write where zeroes are written out."""
@@ -82,6 +83,14 @@ def fallocate(descriptor: int, mode: int, offset: int, length: int, name: str) -
         error = ctypes.get_errno()
         if error != errno.EINTR:
             raise OSError(error, os.strerror(error), name)
+
+
+def discard(descriptor: int, offset: int, length: int, name: str) -> None:
+    """ioctl(BLKDISCARD): the block device may forget the range."""
+    try:
+        fcntl.ioctl(descriptor, _BLKDISCARD, struct.pack("QQ", offset, length))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, name) from None
 
 
 def image_size(descriptor: int) -> int:

@@ -164,3 +164,43 @@ def test_a_trim_zeroes_the_parts_of_blocks_around_what_it_frees(
     assert kernel.calls == [(PUNCH, 4096, 16384)]
     assert zeroed(descriptor, 1000, 20000)
     assert not space.trim(1 << 19, 4000)
+
+
+def test_a_discard_that_promises_no_zeroes_takes_the_ioctl_on_whole_blocks(
+    descriptor: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel.knows = set()
+    discarded: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        system_calls, "discard", lambda _, offset, length, name: discarded.append((offset, length))
+    )
+    space = block_space(descriptor, monkeypatch)
+    space.discard(100, 20000)
+    assert discarded == [(4096, 12288)]
+    file_space(descriptor).discard(0, 8192)
+    assert discarded == [(4096, 12288)], "a file has no such ioctl"
+
+
+def test_a_discard_that_is_refused_is_not_asked_for_again(
+    descriptor: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel.knows = set()
+    asked: list[int] = []
+
+    def refuse(_: int, offset: int, length: int, name: str) -> None:
+        asked.append(offset)
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported", name)
+
+    monkeypatch.setattr(system_calls, "discard", refuse)
+    space = block_space(descriptor, monkeypatch)
+    space.discard(0, 8192)
+    space.discard(8192, 8192)
+    assert asked == [0]
+
+
+def test_an_ioctl_that_fails_names_the_image(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(bytes(4096))
+    with path.open("r+b") as file, pytest.raises(OSError, match="disk") as caught:
+        system_calls.discard(file.fileno(), 0, 4096, "disk")
+    assert caught.value.errno == errno.ENOTTY
