@@ -15,8 +15,8 @@ from . import requests
 from .devices import SimDevice
 
 if TYPE_CHECKING:
-    from .checkers import FleeceWatch
     from .plan import DiskPlan, SessionPlan
+    from .watch import FleeceWatch
     from .world import SimDisk, World
 
 SMALL = (1, 37, 511, 512, 513, 4095)

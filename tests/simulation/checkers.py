@@ -3,7 +3,7 @@
 T0  a read, and a zero of a status reply, shows the disk at arming; so would any read now
 G   what is on the active image is explained by the guests' writes (history.py)
 S   nothing in the temp image for a released range from TRIM's reply on; never over temp_limit
-L   nobody waits without a reason, and no guest longer than its timers allow
+L   nobody waits without a reason (waits.py), and no guest longer than its timers allow
 B   the partition: copy, done or one copy in flight, wherever access is set; access only shrinks,
     and only by what was asked for
 X   no session breaks, no guest write fails and no read is refused without a cause
@@ -12,16 +12,17 @@ X   no session breaks, no guest write fails and no read is refused without a cau
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bitarray import bitarray
 
-from .devices import CHANGES, Call, SimDevice
+from .calls import CHANGES, Call
+from .devices import SimDevice
 from .history import GuestWrite
+from .watch import FleeceWatch
 
 if TYPE_CHECKING:
-    from .plan import SessionPlan
-    from .requests import ClientRequest, GuestRequest
+    from .requests import GuestRequest
     from .world import SimDisk, World
 
 EPSILON_S = 1e-6
@@ -29,60 +30,6 @@ EPSILON_S = 1e-6
 
 class Violation(Exception):
     """A checker's finding; the first one ends the run."""
-
-
-class FleeceWatch:
-    """What the checkers know about one fleece, from the step that installed it."""
-
-    def __init__(self, fleece: Any, disk: SimDisk, plan: SessionPlan, now: float) -> None:
-        self.fleece = fleece
-        self.state = fleece.state
-        self.disk = disk
-        self.plan = plan
-        self.temp: SimDevice = fleece.temp
-        self.shift = self.state.shift
-        self.size = disk.device.size
-        self.clusters = len(fleece.access.bits)
-        self.t0 = bytes(disk.device.content)
-        self.installed_at = now
-        self.access_seen = bitarray(fleece.access.bits)
-        self.key: tuple[bytes, ...] = ()
-        self.asked = bytearray(self.size)
-        """Per byte: a TRIM of it has been sent."""
-        self.freed = bytearray(self.clusters)
-        """Per cluster: a TRIM of it has been acknowledged."""
-        self.punch_failed = False
-        self.failures: list[tuple[int, int, int]] = []
-        """(moment, offset, end) of calls that failed, that a copy needed, on a cluster with
-        access."""
-        self.dead_at: float | None = None
-        self.session: Any = None
-        self.ranges_in_flight: list[tuple[int, int]] = []
-
-    @property
-    def name(self) -> str:
-        return str(self.fleece.name)
-
-    @property
-    def dead(self) -> bool:
-        return bool(self.fleece.broken is not None or self.fleece.finished)
-
-    @property
-    def limit(self) -> int | None:
-        clusters = self.plan.temp_limit_clusters
-        return None if clusters is None else clusters << self.shift
-
-    def span(self, offset: int, length: int) -> tuple[int, int]:
-        return offset >> self.shift, ((offset + length - 1) >> self.shift) + 1
-
-    def has_access(self, offset: int, length: int) -> bool:
-        """Any cluster of the bytes has its access bit."""
-        first, end = self.span(offset, length)
-        return bool(self.fleece.access.bits.find(1, first, end) >= 0)
-
-    def all_access(self, offset: int, length: int) -> bool:
-        first, end = self.span(offset, length)
-        return bool(self.fleece.access.bits.find(0, first, end) < 0)
 
 
 class Checkers:
@@ -191,7 +138,7 @@ class Checkers:
                 if access[first:end].any():
                     self.met["copies cancelled in part"] += 1
         for call in watch.disk.device.calls:
-            if self._is_frozen_read(watch, call):
+            if watch.is_frozen_read(call):
                 first, end = watch.span(call.offset, call.length)
                 if cleared[first:end].any():
                     self.met["TRIMs during frozen reads"] += 1
@@ -336,79 +283,6 @@ class Checkers:
             watch.freed[cluster] and watch.temp.holds(cluster * size, size)
             for cluster in range(first, end)
         )
-
-    # before time passes
-
-    def on_quiet(self) -> None:
-        for disk in self.world.disks:
-            for request in disk.pending:
-                if not self._has_reason(disk, request):
-                    self.violation(f"L: {request} waits for nothing")
-        for client in self.world.clients_pending:
-            self._check_client_waits(client)
-        for plan in self.world.armings_pending:
-            if not any(
-                call.kind in CHANGES
-                for index in plan.disks
-                for call in self.world.disks[index].device.calls
-            ):
-                self.violation(f"L: arming {plan.name} waits for nothing, and guests wait for it")
-
-    def _has_reason(self, disk: SimDisk, request: GuestRequest) -> bool:
-        if disk.holds:
-            return True
-        if any(call.request is request for call in disk.device.calls):
-            return True
-        return any(
-            watch.dead_at is None and self._holds_up(watch, request) for watch in disk.watches
-        )
-
-    def _holds_up(self, watch: FleeceWatch, request: GuestRequest) -> bool:
-        first, end = watch.span(request.offset, request.length)
-        access = watch.fleece.access.bits
-        copies = list(watch.state.copies)
-        for copy in copies:
-            low, high = max(first, copy.first), min(end, copy.end)
-            if low < high and access.find(1, low, high) >= 0:
-                start = copy.first << watch.shift
-                stop = copy.end << watch.shift
-                if len(copies) > self.world.engine.limit("COPIES_MAX") or any(
-                    call.offset < stop and start < call.end
-                    for device in (watch.temp, watch.disk.device)
-                    for call in device.calls
-                ):
-                    return True
-        for call in watch.disk.device.calls:
-            if self._is_frozen_read(watch, call):
-                call_first, call_end = watch.span(call.offset, call.length)
-                low, high = max(first, call_first), min(end, call_end)
-                if low >= high:
-                    continue
-                if call.kind == "read" and watch.all_access(call.offset, call.length):
-                    return True
-                if call.kind == "extents" and access.find(1, low, high) >= 0:
-                    return True
-        return False
-
-    def _is_frozen_read(self, watch: FleeceWatch, call: Call) -> bool:
-        return (
-            call.kind in ("read", "extents")
-            and getattr(call.request, "fleece", None) is watch.fleece
-        )
-
-    def _check_client_waits(self, client: ClientRequest) -> None:
-        watch = client.watch
-        if client.kind == "trim":
-            if watch.dead_at is not None:
-                self.violation(f"L: {client} waits, though {watch.name} has ended")
-            if not watch.temp.calls:
-                self.violation(f"L: {client} waits for nothing")
-        elif not any(
-            call.request is client
-            for device in (watch.temp, watch.disk.device)
-            for call in device.calls
-        ):
-            self.violation(f"L: {client} waits for nothing")
 
     # the end
 

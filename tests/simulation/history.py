@@ -13,7 +13,7 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
-from .devices import Call
+from .calls import Call
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ import math
 import random
 from dataclasses import dataclass, replace
 
-from .devices import Profile
+from .calls import Profile
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from . import requests
-from .devices import Call, SimDevice
+from .calls import Call
+from .devices import SimDevice
 from .history import GuestWrite
 
 if TYPE_CHECKING:
-    from .checkers import FleeceWatch
+    from .watch import FleeceWatch
     from .world import SimDisk, World
 
 Reaction = tuple[int, str]

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from fleecenbd.storage.device import EXTENT_ZERO
 
-from .checkers import EPSILON_S, FleeceWatch
-from .devices import REQUEST
+from .calls import REQUEST
+from .checkers import EPSILON_S
 from .history import GuestWrite
+from .watch import FleeceWatch
 
 if TYPE_CHECKING:
     from .world import SimDisk, World

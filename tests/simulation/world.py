@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import actors, engine, reactions
-from .checkers import Checkers, FleeceWatch, Violation
-from .devices import Call, SimDevice
+from .calls import Call
+from .checkers import Checkers, Violation
+from .devices import SimDevice
 from .history import History
 from .loop import Spinning, VirtualLoop
 from .plan import DiskPlan, Plan, SessionPlan, draw
 from .requests import ClientRequest, GuestRead, GuestRequest
+from .waits import WaitChecker
+from .watch import FleeceWatch
 
 
 @dataclass
@@ -98,7 +101,7 @@ class World:
         self.disks = [self._make_disk(disk) for disk in plan.disks]
         self.disk_of = {disk.device: disk for disk in self.disks}
         self.loop.after_step = self._after_step
-        self.loop.on_quiet = self._on_quiet
+        self.loop.on_quiet = WaitChecker(self).on_quiet
 
     def _make_disk(self, plan: DiskPlan) -> SimDisk:
         device = SimDevice(
@@ -199,9 +202,6 @@ class World:
         if self.loop.failures:
             self.stop_with(f"X: a callback failed: {self.loop.failures[0]!r}")
         self.checkers.after_step()
-
-    def _on_quiet(self) -> None:
-        self.checkers.on_quiet()
 
     def run(self) -> Outcome:
         for disk in self.disks:
