@@ -5,9 +5,31 @@ from __future__ import annotations
 from collections import Counter
 
 PER_SEED = {
-    "copies cancelled in flight": 0.5,
+    "copies": 2.0,
+    "copies cancelled in flight": 1.8,
+    "copies cancelled in part": 0.3,
+    "copies failed": 0.7,
+    "guest writes": 20.0,
+    "guest writes released by a TRIM": 4.0,
+    "guest writes failed for a session's sake": 0.7,
+    "frozen waits": 1.0,
+    "timeouts": 0.4,
+    "TRIMs during frozen reads": 1.5,
+    "TRIMs during temp reads": 0.2,
+    "partial releases": 2.0,
+    "breaks": 0.1,
+    "hung devices": 0.08,
+    "limits hit": 0.5,
+    "sessions armed": 1.3,
+    "sessions finished": 0.6,
+    "sessions ended with copies in flight": 0.25,
+    "clients vanished": 0.7,
+    "temp write failures": 0.3,
+    "temp trim failures": 0.05,
+    "zero claims": 0.3,
+    "failures on released clusters of a live copy": 0.005,
 }
-"""Events per seed, at least; about half of what was measured."""
+"""Events per seed, at least: about half of what was measured over 3,000 seeds."""
 
 
 def too_small(met: Counter[str], seeds: int) -> list[str]:
