@@ -7,10 +7,27 @@ import logging
 import os
 import socket
 from collections.abc import MutableMapping
+from dataclasses import dataclass
 
 from fleecenbd.cli.endpoints import Endpoint
 from fleecenbd.cli.errors import CommandError, UsageError, reason
 from fleecenbd.server.sockets import activated_sockets, maker_pid
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What whoever started us has made.
+
+    ``endpoints``: listening sockets; None: no socket activation. ``client``: the connection of
+    --single. ``starter``: pid of the client that started us for itself.
+    """
+
+    endpoints: list[Endpoint] | None = None
+    client: socket.socket | None = None
+    starter: int | None = None
+
+
+NOTHING_HANDED = Handed()
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ class ServeOptions:
 
     disks: tuple[DiskSpec, ...]
     addresses: Addresses | None
-    single: bool = False
     state_directory: Path | None = None
     session: str | None = None
     session_options: SessionOptions = field(default_factory=SessionOptions)

@@ -16,9 +16,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fleecenbd.cli import handed, logs
+from fleecenbd.cli import logs
 from fleecenbd.cli.endpoints import Endpoint, open_endpoints
 from fleecenbd.cli.errors import CommandError, reason
+from fleecenbd.cli.handed import NOTHING_HANDED, Handed
 from fleecenbd.cli.images import TempDirectory
 from fleecenbd.cli.options import ServeOptions
 from fleecenbd.cli.places import make_private_directory
@@ -36,7 +37,7 @@ TASKS_TIMEOUT_S = 1.0
 
 
 async def run_server(
-    options: ServeOptions, disks: Sequence[Disk], activated: list[Endpoint] | None
+    options: ServeOptions, disks: Sequence[Disk], handed: Handed = NOTHING_HANDED
 ) -> int:
     """Serve until asked to stop; the exit status. Raises CommandError."""
     asyncio.get_running_loop().set_exception_handler(logs.loop_exception)
@@ -49,22 +50,23 @@ async def run_server(
         server.add_disk(disk)
     with ExitStack() as files:
         try:
-            status = await _serve(server, options, activated, stopping, files)
+            status = await _serve(server, options, handed, stopping, files)
         finally:
             notify(os.environ, "STOPPING=1")
             files.close()  # while the sockets are open: see open_endpoints
             stopped = await _stop(server, stopping)
+            stopping.release_signals()
     return status if stopped else 1
 
 
 async def _serve(
     server: Server,
     options: ServeOptions,
-    activated: list[Endpoint] | None,
+    handed: Handed,
     stopping: Stopping,
     files: ExitStack,
 ) -> int:
-    endpoints = activated or []
+    endpoints = handed.endpoints or []
     if options.addresses is not None:
         endpoints = open_endpoints(options.addresses, files)
     if options.session is not None and not await _unless_asked(
@@ -73,8 +75,8 @@ async def _serve(
         return 0
     for endpoint in endpoints:
         server.listen(endpoint.socket, backup_only=endpoint.backup_only)
-    if activated and (client := handed.starting_client(activated)) is not None:
-        stopping.ask_at_end_of(client)
+    if handed.starter is not None:
+        stopping.ask_at_end_of(handed.starter)
     if options.pidfile is not None:
         files.enter_context(_pidfile(options.pidfile))
     if options.addresses is not None:
@@ -82,9 +84,8 @@ async def _serve(
     notify(os.environ, "READY=1")
     if options.command is not None:
         return await _run_command(options, options.command, endpoints, stopping)
-    if options.single:
-        sock = handed.take_standard_input()
-        await _unless_asked(stopping, server.serve_connected(sock))
+    if handed.client is not None:
+        await _unless_asked(stopping, server.serve_connected(handed.client))
     else:
         await stopping.asked.wait()
     return 0

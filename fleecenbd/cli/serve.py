@@ -11,9 +11,9 @@ import typer
 import uvloop
 
 from fleecenbd.cli import logs, values
-from fleecenbd.cli.endpoints import DEFAULT_PORT, PRIVATE, Addresses, Endpoint
+from fleecenbd.cli.endpoints import DEFAULT_PORT, PRIVATE, Addresses
 from fleecenbd.cli.errors import UsageError
-from fleecenbd.cli.handed import starting_client, take_activated
+from fleecenbd.cli.handed import Handed, starting_client, take_activated, take_standard_input
 from fleecenbd.cli.images import open_disks
 from fleecenbd.cli.options import ServeOptions, check_default_export, refuse_together
 from fleecenbd.cli.places import default_socket, default_state_directory
@@ -290,7 +290,8 @@ def serve(
     level = log_level.value if log_level is not None else "warning" if quiet else "info"
     logs.set_up(level, as_json=json_log)
     activated = take_activated(os.environ)
-    if activated is not None and log_level is None and starting_client(activated) is not None:
+    starter = starting_client(activated) if activated is not None else None
+    if starter is not None and log_level is None:
         logs.set_up("warning", as_json=json_log)
     session_given = {
         "--temp-limit": temp_limit is not None,
@@ -339,7 +340,6 @@ def serve(
     options = ServeOptions(
         disks=values.parse_disks(disk),
         addresses=addresses,
-        single=single,
         state_directory=_state_directory(state_dir) if begin is not None else None,
         session=begin,
         session_options=_session_options(temp_limit, cluster_size, on_cbw_error, cbw_timeout),
@@ -351,7 +351,8 @@ def serve(
         command=run,
     )
     check_default_export(options)
-    return _run(options, activated)
+    client = take_standard_input() if single else None
+    return _run(options, Handed(activated, client, starter))
 
 
 def _state_directory(given: str | None) -> Path:
@@ -382,9 +383,10 @@ def _session_options(
         raise UsageError(f"--{option.replace('_', '-')} {text}") from None
 
 
-def _run(options: ServeOptions, activated: list[Endpoint] | None) -> int:
+def _run(options: ServeOptions, handed: Handed) -> int:
     disks = open_disks(options.disks, read_only=options.read_only, force_share=options.force_share)
-    # The loop is not closed: what a hung device leaves unfinished must not be waited for, and
-    # the process ends next.
     loop = uvloop.new_event_loop()
-    return loop.run_until_complete(run_server(options, disks, activated))
+    try:
+        return loop.run_until_complete(run_server(options, disks, handed))
+    finally:
+        loop.close()  # waits for nothing: a hung device's call ends with the process

@@ -26,6 +26,12 @@ class Stopping:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 loop.add_signal_handler(number, self.ask, signal.Signals(number).name)
 
+    def release_signals(self) -> None:
+        """From now on signals do what they do by default."""
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+
     def ask(self, why: str) -> None:
         """Stop; or, if that was asked before, at once."""
         if not self.asked.is_set():

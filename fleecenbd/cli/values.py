@@ -11,9 +11,9 @@ from pathlib import Path
 from fleecenbd.cli.errors import UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
-_SIZE = re.compile(r"(\d+)(?:([kKMGTP])(?:iB)?)?")
+_SIZE = re.compile(r"([0-9]+)(?:([kmgtp])(?:ib)?)?", re.IGNORECASE)
 _URI = re.compile(r"(nbds?(\+unix|\+vsock)?)://")
-_UNITS = " kMGTP"
+_UNITS = ("", "k", "m", "g", "t", "p")
 
 NAME_LENGTH_MAX = 100
 """Characters of a disk's or a session's name: DISK@SESSION stays far below NBD's 256."""
@@ -101,7 +101,7 @@ def parse_size(text: str, option: str) -> int:
         raise UsageError(f"{option}: {text!r} is no size; write it as 4096, 64k, 1MiB or 10G")
     number, unit = match.groups()
     # A decimal of any length would cost time; sizes are below 2**63.
-    size = int(number[:20]) << 10 * _UNITS.index({"K": "k", None: " "}.get(unit, unit))
+    size = int(number[:20]) << 10 * _UNITS.index((unit or "").lower())
     if len(number) > 20 or size >= 1 << 63:
         raise UsageError(f"{option}: {text} is more than any disk holds")
     return size
@@ -116,7 +116,7 @@ def parse_mode(text: str) -> int:
 
 def parse_group(text: str) -> int:
     """The id of a group given by name or by number."""
-    if re.fullmatch(r"\d{1,9}", text):
+    if re.fullmatch("[0-9]{1,9}", text):
         return int(text)
     try:
         return grp.getgrnam(text).gr_gid

@@ -1,0 +1,265 @@
+"""A server's life, step by step: what comes before what, and how it is ended."""
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleecenbd.cli import runner
+from fleecenbd.cli.endpoints import Addresses
+from fleecenbd.cli.errors import CommandError
+from fleecenbd.cli.images import TempDirectory, open_disks
+from fleecenbd.cli.options import ServeOptions
+from fleecenbd.cli.stopping import Stopping
+from fleecenbd.cli.values import DiskSpec
+from fleecenbd.engine.disk import Disk
+from fleecenbd.server.server import Server
+
+pytestmark = pytest.mark.usefixtures("own_logs")
+
+
+@pytest.fixture
+def disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Disk]:
+    """One disk, vm, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("vm.raw").write_bytes(bytes(1 << 20))
+    return open_disks([DiskSpec("vm", "vm.raw")], read_only=False, force_share=False)
+
+
+def _options(**changes: Any) -> ServeOptions:
+    return ServeOptions(
+        **{
+            "disks": (DiskSpec("vm", "vm.raw"),),
+            "addresses": Addresses(unix="f.sock"),
+            "state_directory": Path("state"),
+            "pidfile": Path("pid"),
+            **changes,
+        }
+    )
+
+
+def _run(options: ServeOptions, disks: list[Disk]) -> int:
+    return asyncio.run(runner.run_server(options, disks))
+
+
+@pytest.fixture
+def another_process() -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that runs until it is killed."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
+class Steps:
+    """What happened, in order; SIGTERM comes with the first READY=1."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[str] = []
+        for name in ("begin", "listen", "stop"):
+            self._watch(monkeypatch, name)
+        monkeypatch.setattr(runner, "notify", self._notify)
+
+    def _watch(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        original = getattr(Server, name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            self._note(name)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(Server, name, watched)
+
+    def _notify(self, _environment: object, state: str) -> bool:
+        self._note(state)
+        if state == "READY=1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    def _note(self, step: str) -> None:
+        files = [name for name in ("f.sock", "pid") if os.path.exists(name)]
+        self.seen.append(" ".join([step, *files]))
+
+
+def test_the_session_begins_before_clients_come_in_and_the_pidfile_after(
+    disks: list[Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(monkeypatch)
+    assert _run(_options(session="n"), disks) == 0
+    assert steps.seen == [
+        "begin f.sock",
+        "listen f.sock",
+        "READY=1 f.sock pid",
+        "STOPPING=1 f.sock pid",
+        "stop",
+    ]
+
+
+def test_a_session_that_cannot_begin_lets_nobody_in(
+    disks: list[Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(monkeypatch)
+    Path("state").touch()
+    with pytest.raises(CommandError, match="cannot begin session n: state"):
+        _run(_options(session="n"), disks)
+    assert steps.seen == ["STOPPING=1 f.sock", "stop"]
+
+
+def test_a_signal_while_the_session_begins_ends_the_server(
+    disks: list[Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(monkeypatch)
+
+    async def hang(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Server, "begin", hang)
+    assert _run(_options(session="n"), disks) == 0
+    assert steps.seen == ["STOPPING=1 f.sock", "stop"]
+
+
+def test_a_second_signal_ends_a_stop_that_hangs(
+    disks: list[Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Steps(monkeypatch)
+    aborted = []
+
+    async def hang(server: Server) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.Event().wait()
+
+    def abort(server: Server) -> None:
+        aborted.append(server)
+
+    monkeypatch.setattr(Server, "stop", hang)
+    monkeypatch.setattr(Server, "abort", abort)
+    assert _run(_options(), disks) == 1
+    assert len(aborted) == 1
+    assert not os.path.exists("f.sock")
+    assert not os.path.exists("pid")
+
+
+def test_a_stop_that_fails_is_told_and_status_one(
+    disks: list[Disk], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Steps(monkeypatch)
+
+    async def fail(server: Server) -> None:
+        raise RuntimeError("oh")
+
+    monkeypatch.setattr(Server, "stop", fail)
+    assert _run(_options(), disks) == 1
+    assert "did not stop as it should" in caplog.text
+
+
+async def test_what_is_left_running_does_not_hold_up_the_end(
+    disks: list[Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Steps(monkeypatch)
+    monkeypatch.setattr(runner, "TASKS_TIMEOUT_S", 0.01)
+    left: list[asyncio.Task[None]] = []
+    over = asyncio.Event()
+
+    async def stubborn() -> None:
+        while not over.is_set():
+            try:
+                await over.wait()
+            except asyncio.CancelledError:
+                continue
+
+    async def stop(server: Server) -> None:
+        left.append(asyncio.create_task(stubborn()))
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(Server, "stop", stop)
+    assert await runner.run_server(_options(), disks) == 0
+    assert not left[0].done()
+    over.set()
+    await left[0]
+
+
+def test_a_pidfile_that_became_somebody_else_s_stays(
+    disks: list[Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Steps(monkeypatch)
+
+    class Files(runner.ExitStack):
+        def close(self) -> None:
+            Path("pid").write_text("1\n")
+            super().close()
+
+    monkeypatch.setattr(runner, "ExitStack", Files)
+    assert _run(_options(), disks) == 0
+    assert Path("pid").read_text() == "1\n"
+
+
+def test_signals_do_again_what_they_did_once_the_server_is_down(
+    disks: list[Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Steps(monkeypatch)
+    assert _run(_options(), disks) == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+async def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stopping = Stopping()
+    try:
+        stopping.catch_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await stopping.asked.wait()
+        assert not stopping.at_once.is_set()
+    finally:
+        stopping.release_signals()
+        signal.signal(signal.SIGHUP, before)
+
+
+async def test_the_end_of_another_process_asks_to_stop_and_never_at_once(
+    another_process: "subprocess.Popen[bytes]",
+) -> None:
+    stopping = Stopping()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        stopping.ask_at_end_of(another_process.pid)
+    await asyncio.sleep(0)
+    assert not stopping.asked.is_set()
+    another_process.kill()
+    await stopping.asked.wait()
+    while len(os.listdir("/proc/self/fd")) > before:  # noqa: ASYNC110 - the other one comes soon
+        await asyncio.sleep(0)
+    assert not stopping.at_once.is_set()
+
+
+async def test_the_end_of_a_process_that_is_no_more_asks_nothing(
+    another_process: "subprocess.Popen[bytes]",
+) -> None:
+    another_process.kill()
+    another_process.wait()
+    stopping = Stopping()
+    stopping.ask_at_end_of(another_process.pid)
+    await asyncio.sleep(0)
+    assert not stopping.asked.is_set()
+
+
+def test_temp_images_are_as_large_as_whole_clusters(tmp_path: Path, disks: list[Disk]) -> None:
+    async def make(size: int, cluster_size: int) -> int:
+        disk = disks[0]
+        disk.size = size
+        temp = await TempDirectory(tmp_path, "n").make(disk, cluster_size)
+        assert temp.size % temp.hole_size == 0
+        assert temp.name == str(tmp_path / "vm@n")
+        temp.close()
+        await temp.wait_closed()
+        return temp.size
+
+    assert asyncio.run(make(1, 4096)) == 4096
+    assert asyncio.run(make((1 << 20) + 512, 1 << 16)) == (1 << 20) + (1 << 16)
+    assert asyncio.run(make(1 << 20, 1 << 16)) == 1 << 20
+    assert [path.name for path in tmp_path.iterdir()] == ["vm.raw"]
+    disks[0].device.close()
