@@ -253,7 +253,7 @@ class Show:
 
     def __enter__(self) -> "Show":
         if console.is_terminal:
-            self.bar = Progress(BarColumn(24), TextColumn("{task.description}"), console=console)
+            self.bar = Progress(BarColumn(None), TextColumn("{task.description}"), console=console)
             self.bar.start()
             self.task = self.bar.add_task("", total=self.run.size)
         return self
@@ -265,8 +265,8 @@ class Show:
     def __call__(self, *, last: bool = False) -> None:
         run = self.run
         text = (
-            f"pulled {100 * run.pulled // run.size:3} %   guest wrote {_mib(run.written)}   "
-            f"released {_mib(run.released)}   temp image {_mib(run.held)}"
+            f"pulled {100 * run.pulled // run.size:3} %  guest wrote {run.written // MIB:3} MiB  "
+            f"released {run.released // MIB:3} MiB  temp image {run.held // MIB:3} MiB"
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=run.pulled, description=text)
