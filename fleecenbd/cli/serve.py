@@ -17,6 +17,7 @@ from fleecenbd.cli.handed import Handed, starting_client, take_activated, take_s
 from fleecenbd.cli.images import open_disks
 from fleecenbd.cli.options import ServeOptions, check_default_export, refuse_together
 from fleecenbd.cli.places import default_socket, default_state_directory
+from fleecenbd.cli.process import keep_buffers_on_the_heap
 from fleecenbd.cli.runner import run_server
 from fleecenbd.engine.session import SessionOptions
 from fleecenbd.engine.state import BREAK_GUEST_WRITE, BREAK_SNAPSHOT
@@ -384,6 +385,7 @@ def _session_options(
 
 
 def _run(options: ServeOptions, handed: Handed) -> int:
+    keep_buffers_on_the_heap()
     disks = open_disks(options.disks, read_only=options.read_only, force_share=options.force_share)
     loop = uvloop.new_event_loop()
     try:
