@@ -35,6 +35,16 @@ os.environ["LISTEN_FDS"] = str(count)
 os.execv(sys.argv[2 + count], sys.argv[2 + count :])
 """
 
+# The command, on a disk that never answers a sync.
+HUNG_DISK = """
+import sys, threading
+from fleecenbd.cli.main import main
+from fleecenbd.storage.file import FileDevice
+FileDevice._flush = lambda *_: threading.Event().wait()
+sys.argv[0] = "fleecenbd"
+main()
+"""
+
 
 @pytest.fixture
 def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -137,6 +147,23 @@ def test_a_guest_that_is_connected_does_not_hold_up_the_end(image: Path, tmp_pat
         status, _, _ = _end(process)
     assert status == 0
     assert image.read_bytes()[:512] == b"x" * 512
+
+
+def test_a_second_signal_ends_at_once_a_server_whose_disk_hangs(
+    image: Path, tmp_path: Path
+) -> None:
+    command = (sys.executable, "-c", HUNG_DISK, "serve", image, "-U", "f.sock", "-P", "pid")
+    with started(tmp_path, *command) as process:
+        assert process.stderr is not None
+        process.send_signal(signal.SIGTERM)
+        while "stopping: SIGTERM" not in process.stderr.readline():
+            assert process.poll() is None
+        status, _, err = _end(process)
+    assert status == 1
+    assert "stopping at once" in err
+    assert "Traceback" not in err
+    assert not Path("f.sock").exists()
+    assert not Path("pid").exists()
 
 
 def test_a_server_that_was_killed_is_replaced(image: Path, tmp_path: Path) -> None:
