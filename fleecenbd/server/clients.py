@@ -60,7 +60,6 @@ class Clients:
         self._guest_budget = Budget(limits.bytes_max_all)
         self._fleecing_budget = Budget(limits.bytes_max_all)
         self._leftovers: dict[Export, set[asyncio.Task[None]]] = {}
-        self._owned: set[asyncio.Task[None]] = set()
 
     def catalog_for(self, connection: Connection) -> ClientCatalog:
         """The catalog that the connection's handshake asks."""
@@ -83,7 +82,6 @@ class Clients:
         for connection in self.connections:
             if connection.handshaking:
                 connection.drop("its place was needed: too many connections are half open")
-                del self.connections[connection]
                 return True
         return False
 
@@ -93,6 +91,11 @@ class Clients:
     def take_place(self, export: Export) -> None:
         """Raise NegotiationError where the export, or the server, has no place left."""
         if isinstance(export, GuestExport):
+            for connection in self.of(export):
+                # Its requests in flight are this client's predecessors; what else it sent must
+                # not be served after this client's.
+                if connection.peer_has_gone():
+                    connection.drop("its client has gone")
             here = self.of(export)
             if export.shared and len(here) >= export.shared:
                 raise NegotiationError(
@@ -114,8 +117,8 @@ class Clients:
 
     # -- ends ------------------------------------------------------------------------------
 
-    def lost(self, connection: Connection, in_flight: list[asyncio.Task[None]]) -> None:
-        """A connection has closed, with these requests still on their way."""
+    def lost(self, connection: Connection, in_flight: set[asyncio.Task[None]]) -> None:
+        """A connection is no more, with these requests still on their way."""
         self.connections.pop(connection, None)
         export = connection.export
         if export is None:
@@ -130,11 +133,6 @@ class Clients:
     def predecessors(self, export: Export) -> set[asyncio.Task[None]]:
         """Requests to a guest export whose connections have closed before they ended."""
         return set(self._leftovers.get(export, ()))
-
-    def own(self, task: asyncio.Task[None]) -> None:
-        """Keep a task that ends by itself."""
-        self._owned.add(task)
-        task.add_done_callback(self._owned.discard)
 
     async def wait_leftovers(self) -> None:
         """Return when every request of a closed connection has ended."""

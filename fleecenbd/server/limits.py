@@ -18,12 +18,14 @@ class ServerLimits:
     requests_max: int = 64
     """Requests of one client that wait for something."""
     bytes_max: int = 16 << 20
-    """Payload bytes of one client's requests in flight and of its replies not yet sent; one
+    """Payload bytes of one client's requests that waited, until their replies have left; one
     request is always let in, however long."""
     bytes_max_all: int = 256 << 20
     """The same over all clients of guest exports, and again over all of fleecing exports."""
     pass_bytes_max: int = 4 << 20
-    """Bytes of replies made for one client before others get their turn."""
+    """Payload bytes served to one client before others get their turn."""
+    pass_requests_max: int = 1024
+    """Requests of one client served before others get their turn, however small."""
     send_high_water: int = 256 << 10
     """Bytes handed to the socket's transport before the connection pauses."""
     linger_s: float = 10.0

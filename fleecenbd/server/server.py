@@ -300,10 +300,9 @@ class Server:
         ]
         await _until(loop.time() + deadline_s, syncs)
         for connection in connections:
-            if not connection.lost.done() and connection.in_flight:
-                connection.abort()
+            connection.close()
         gone = [connection.lost for connection in connections]
-        await _until(min(deadline, loop.time() + 1.0), gone)
+        await _until(loop.time() + 1.0, gone)
         self.abort()
         # A hung call keeps its image open; the process's end lets go of it.
         closes = [loop.create_task(disk.device.wait_closed()) for disk in self.disks.values()]

@@ -358,7 +358,7 @@ async def room(
                 client.vanish()
             server.abort()
             loop.set_exception_handler(None)
-    assert failures == [], "a callback failed"
+    assert not failures, failures
 
 
 def no_tracebacks(caplog: pytest.LogCaptureFixture) -> None:
