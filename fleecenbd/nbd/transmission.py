@@ -6,7 +6,8 @@ Wire layout, big-endian (specification, "Request message"):
     extended  u32 0x21e41c71  u16 flags  u16 type  u64 cookie  u64 offset  u64 length    32 bytes
 
 What follows the header is payload of ``length`` bytes: compact, of NBD_CMD_WRITE whatever its
-flags; extended, of any command with NBD_CMD_FLAG_PAYLOAD_LEN. A payload is always consumed,
+flags; extended, of any command with NBD_CMD_FLAG_PAYLOAD_LEN, and of NBD_CMD_WRITE without it
+too: QEMU 10's client leaves the flag out and sends the payload. A payload is always consumed,
 whatever will be answered: the next header begins behind it. NBD_CMD_DISC has none, whatever
 its flags say: the connection ends there.
 
@@ -123,9 +124,9 @@ class RequestDecoder:
         return (flags, command, cookie, offset, length, None)
 
     def _has_payload(self, flags: int, command: int) -> bool:
-        if self._extended:
-            return flags & NBD_CMD_FLAG_PAYLOAD_LEN != 0 and command != NBD_CMD_DISC
-        return command == NBD_CMD_WRITE
+        if command == NBD_CMD_WRITE:
+            return True
+        return flags & self._payload_flag != 0 and command != NBD_CMD_DISC
 
     def _begin_payload(self, header: tuple[int, int, int, int, int], begin: int) -> Request | None:
         """The request whose payload begins at ``begin``, if the segment holds it whole."""
@@ -205,5 +206,5 @@ class RequestDecoder:
     def _bad_magic(self, magic: int) -> ProtocolError:
         kind = "extended" if self._extended else "compact"
         return ProtocolError(
-            f"a {kind} request begins with {self._magic:#010x}; this one with {magic:#010x}"
+            f"{kind} requests begin with {self._magic:#010x}; this one with {magic:#010x}"
         )

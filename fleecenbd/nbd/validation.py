@@ -6,7 +6,6 @@
     command that was not advertised                         NBD_EINVAL
     BLOCK_STATUS without a context that was agreed          NBD_EINVAL
     flag unknown, not this command's, or not advertised     NBD_EINVAL
-    extended WRITE without NBD_CMD_FLAG_PAYLOAD_LEN         NBD_EINVAL
     payload filter of BLOCK_STATUS that is not right        NBD_EINVAL
     length 0 (FLUSH: neither offset nor length matters)     NBD_EINVAL
     not a multiple of the minimum block size                NBD_EINVAL
@@ -130,21 +129,19 @@ class RequestRules:
         if flags & NBD_FLAG_SEND_FAST_ZERO:
             allowed[NBD_CMD_WRITE_ZEROES] |= NBD_CMD_FLAG_FAST_ZERO
         allowed[NBD_CMD_BLOCK_STATUS] |= NBD_CMD_FLAG_REQ_ONE
-        required = [0 for _ in _COMMANDS]
         if extended:
+            # A client must set it there, and QEMU 10's does not: with or without is the same.
             allowed[NBD_CMD_WRITE] |= NBD_CMD_FLAG_PAYLOAD_LEN
-            required[NBD_CMD_WRITE] = NBD_CMD_FLAG_PAYLOAD_LEN
             allowed[NBD_CMD_BLOCK_STATUS] |= NBD_CMD_FLAG_PAYLOAD_LEN
         self._allowed = allowed
-        self._required = required
 
-        # The short cut of ``check``: by command, the flags that need a longer look once the
-        # required ones have been flipped (DF: its own limit; a payload filter: its payload),
-        # and the longest length that does not. 0: always look.
-        look = NBD_CMD_FLAG_DF | NBD_CMD_FLAG_PAYLOAD_LEN
-        self._look_flags = tuple(
-            _EVERY_FLAG & ~allowed[command] | look | required[command] for command in _COMMANDS
-        )
+        # The short cut of ``check``: by command, the flags that need a longer look (DF: its own
+        # limit; a payload filter: its payload), and the longest length that does not. 0: always
+        # look.
+        look_flags = [_EVERY_FLAG & ~allowed[command] for command in _COMMANDS]
+        look_flags[NBD_CMD_READ] |= NBD_CMD_FLAG_DF
+        look_flags[NBD_CMD_BLOCK_STATUS] |= NBD_CMD_FLAG_PAYLOAD_LEN
+        self._look_flags = tuple(look_flags)
         length_max = [_LENGTH_UNLIMITED for _ in _COMMANDS]
         length_max[NBD_CMD_READ] = PAYLOAD_MAX
         for command in (NBD_CMD_DISC, NBD_CMD_FLUSH, *self._not_advertised):
@@ -161,7 +158,7 @@ class RequestRules:
         flags, command, _, offset, length, _ = request
         if (
             command <= NBD_CMD_BLOCK_STATUS
-            and not (flags ^ self._required[command]) & self._look_flags[command]
+            and not flags & self._look_flags[command]
             and 0 < length <= self._length_max[command]
             and offset + length <= self._size
             and not (offset | length) & self._block_mask
@@ -186,8 +183,6 @@ class RequestRules:
         refused = flags & ~self._allowed[command]
         if refused:
             return NBD_EINVAL, f"{name}: command flags {refused:#06x} are not allowed here"
-        if ~flags & self._required[command]:
-            return NBD_EINVAL, f"{name}: an extended request needs NBD_CMD_FLAG_PAYLOAD_LEN"
         if command == NBD_CMD_FLUSH:
             return None
         if command == NBD_CMD_BLOCK_STATUS and flags & NBD_CMD_FLAG_PAYLOAD_LEN:
