@@ -56,8 +56,8 @@ format: $(READY)  ## let ruff format the code and sort the imports
 simulate: $(READY)  ## seeded runs of the engine against its checkers: SEEDS=N, or one SEED=n with a trace
 	$(PYTHON) -m tests.simulation $(if $(SEED),--seed $(SEED) --trace,--seeds $(SEEDS))
 
-interop: $(TOOLS)  ## only the tests with other people's NBD clients
-	$(PYTHON) -m pytest tests/interop $(PYTEST)
+interop: $(if $(PEERS),,$(TOOLS))  ## only the tests with other people's NBD clients; PEERS=trixie: Debian 13's
+	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m pytest tests/interop $(PYTEST)
 
 stress: $(TOOLS)  ## fio with verify, two pulls, a trimmer and a killed client: RUNS=N
 	$(PYTHON) -m tests.e2e.stress --runs $(RUNS)
