@@ -1,5 +1,6 @@
 """Listening sockets: who may connect at which moment, whose file it is; systemd's messages."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -160,8 +161,21 @@ def test_a_link_to_a_dead_socket_is_not_followed(path: str) -> None:
     assert os.path.islink(path)
 
 
-def test_of_many_servers_that_start_at_once_exactly_one_gets_the_path(path: str) -> None:
+def test_of_many_servers_that_start_at_once_exactly_one_gets_the_path(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _leave_stale(path)
+    # Between the look at what is there and bind, whoever comes waits a moment for a second one.
+    second = threading.Barrier(2)
+    met: list[int] = []
+    fchmod = os.fchmod
+
+    def watched_fchmod(descriptor: int, mode: int) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            met.append(second.wait(0.1))
+        fchmod(descriptor, mode)
+
+    monkeypatch.setattr(os, "fchmod", watched_fchmod)
     start = threading.Barrier(8)
     won: list[UnixListener] = []
     lost: list[int | None] = []
@@ -178,6 +192,7 @@ def test_of_many_servers_that_start_at_once_exactly_one_gets_the_path(path: str)
         thread.start()
     for thread in threads:
         thread.join()
+    assert met == []
     assert len(won) == 1
     assert lost == [errno.EADDRINUSE] * 7
     assert _connects(path)
