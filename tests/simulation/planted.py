@@ -218,12 +218,17 @@ BACKUP_SIDE = (
         ),
     ),
     _bug(
-        "a read of the active image is not frozen",
+        "the end of a frozen read wakes nobody",
         "snapshot_access",
         (
             "            state.guests.wake(first, end)\n\n    async def _temp_read",
             "            pass\n\n    async def _temp_read",
         ),
+    ),
+    _bug(
+        "a read of the active image is not frozen",
+        "state",
+        ("return access.find(0, self.first, self.end) < 0", "return False"),
     ),
     _bug(
         "block status is not frozen",
@@ -364,4 +369,53 @@ ARMING = (
     ),
 )
 
-PLANTED = (*GUEST_SIDE, *COPYING, *BACKUP_SIDE, *RELEASING, *ARMING)
+_WRITE = """\
+        await self._before_write([(offset, len(data))])
+        await self._active(self.device.pwrite(offset, data))
+"""
+
+ACTIVE_IMAGE = (
+    _bug(
+        "a guest write that fails for a session's sake is written all the same",
+        "disk",
+        (
+            _WRITE,
+            "        try:\n"
+            "            await self._before_write([(offset, len(data))])\n"
+            "        except OSError:\n"
+            "            await self._active(self.device.pwrite(offset, data))\n"
+            "            raise\n"
+            "        await self._active(self.device.pwrite(offset, data))\n",
+        ),
+    ),
+    _bug(
+        "a guest write that fails for a session's sake is acknowledged",
+        "disk",
+        (
+            _WRITE,
+            "        try:\n"
+            "            await self._before_write([(offset, len(data))])\n"
+            "        except OSError:\n"
+            "            return\n"
+            "        await self._active(self.device.pwrite(offset, data))\n",
+        ),
+    ),
+    _bug(
+        "a guest's zeroes begin at a sector",
+        "disk",
+        (
+            "self.device.zero(offset, length, may",
+            "self.device.zero(offset & ~511, length + (offset & 511), may",
+        ),
+    ),
+    _bug(
+        "a guest write is acknowledged before it has ended",
+        "disk",
+        (
+            "            await call\n",
+            "            asyncio.get_running_loop().create_task(call)\n",
+        ),
+    ),
+)
+
+PLANTED = (*GUEST_SIDE, *COPYING, *BACKUP_SIDE, *RELEASING, *ARMING, *ACTIVE_IMAGE)
