@@ -64,7 +64,7 @@ async def guest(world: World, disk: SimDisk, plan: DiskPlan, number: int) -> Non
         elif luck < 0.14:
             call = requests.guest_flush(world, disk)
         elif luck < 0.14 + discards:
-            kind = rng.choice(("zeroe", "zeroe", "trim"))
+            kind = rng.choice(("zero", "zero", "trim"))
             call = requests.guest_change(world, disk, kind, offset, length, None)
         else:
             data = rng.randbytes(length)

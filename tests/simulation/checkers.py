@@ -215,7 +215,11 @@ class Checkers:
 
     def call_began(self, device: SimDevice, call: Call) -> None:
         if self.world.tracing:
-            self.world.log(f"    {device.name}: {call} begins")
+            copies = isinstance(call.request, GuestWrite) and (
+                device.is_temp or call.kind not in CHANGES
+            )
+            whose = f"a copy ({call.request})" if copies else call.request
+            self.world.log(f"    {device.name}: {call} begins, for {whose}")
         if call.kind in CHANGES and not device.is_temp:
             if isinstance(call.request, GuestWrite):
                 call.request.changes.append(call)

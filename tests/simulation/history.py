@@ -58,12 +58,16 @@ class GuestWrite:
                 return True
         return False
 
+    def story(self) -> str:
+        """The write, when it was sent and what came of it."""
+        if self.failed:
+            return f"{self}, failed at {self.replied}"
+        if self.acknowledged:
+            return f"{self}, acknowledged at {self.replied}"
+        return f"{self}, pending"
+
     def __str__(self) -> str:
-        verdict = "failed" if self.failed else "acknowledged" if self.acknowledged else "pending"
-        return (
-            f"{self.kind} {self.offset}+{self.length} sent {self.sent} "
-            f"replied {self.replied} {verdict}"
-        )
+        return f"{self.kind} #{self.sent} {self.offset}+{self.length}"
 
 
 class History:
@@ -113,5 +117,5 @@ class History:
         )
 
     def _story(self, covering: list[GuestWrite]) -> str:
-        told = "; ".join(str(w) for w in covering[-6:])
+        told = "; ".join(write.story() for write in covering[-6:])
         return f"writes there: {told or 'none'}"

@@ -126,7 +126,7 @@ async def _action(
         data = world.rng.randbytes(length)
         await requests.guest_change(world, disk, "write", offset, length, data)
     elif what in ("zero", "discard"):
-        kind = {"zero": "zeroe", "discard": "trim"}[what]
+        kind = "trim" if what == "discard" else what
         await requests.guest_change(world, disk, kind, offset, length, None)
     elif watch is None or watch.dead:
         return

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .world import SimDisk, World
 
 
+MET = {"write": "guest writes", "zero": "guest zeroes", "trim": "guest trims"}
+
+
 @dataclass(eq=False)
 class GuestRequest(GuestWrite):
     """A guest's change, and how long it may wait."""
@@ -42,6 +45,9 @@ class GuestRead:
     ended: int = 0
     device_failed: bool = False
 
+    def __str__(self) -> str:
+        return f"a guest's read #{self.began}"
+
 
 @dataclass(eq=False)
 class ClientRequest:
@@ -53,12 +59,14 @@ class ClientRequest:
     length: int
     device_failed: bool = False
 
+    number: int = 0
+
     @property
     def fleece(self) -> Any:
         return self.watch.fleece
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.offset}+{self.length} of {self.watch.name}"
+        return f"{self.kind} #{self.number} {self.offset}+{self.length} of {self.watch.name}"
 
 
 # guests
@@ -89,8 +97,8 @@ async def guest_change(
     REQUEST.set(request)
     disk.history.writes.append(request)
     disk.pending.append(request)
-    world.met[f"guest {kind}s"] += 1
-    world.log(f"{disk.name}: guest sends {request}")
+    world.met[MET[kind]] += 1
+    world.log(f"{disk.name}: a guest sends {request}")
     try:
         await _change(world, disk, request)
     except OSError as error:
@@ -101,7 +109,7 @@ async def guest_change(
         request.replied = world.tick()
     disk.pending.remove(request)
     _check_guest_wait(world, disk, request)
-    world.log(f"{disk.name}: guest has {request}")
+    world.log(f"{disk.name}: a guest has its reply to {request.story()}")
 
 
 async def _change(world: World, disk: SimDisk, request: GuestRequest) -> None:
@@ -187,18 +195,19 @@ async def _client(
 ) -> tuple[Any, OSError | None]:
     """Make the call with the request known to the devices; (answer, error)."""
     REQUEST.set(request)
-    world.met[f"client {request.kind}s"] += 1
-    world.log(f"client sends {request}")
+    request.number = world.tick()
+    world.met[f"client: {request.kind}"] += 1
+    world.log(f"a client sends {request}")
     world.clients_pending.append(request)
     try:
         answer = await call()
     except OSError as error:
-        world.log(f"client has {request}: {error}")
+        world.log(f"a client has its reply to {request}: {error}")
         _check_client_error(world, request, error)
         return None, error
     finally:
         world.clients_pending.remove(request)
-    world.log(f"client has {request}")
+    world.log(f"a client has its reply to {request}")
     watch = request.watch
     if watch.dead:
         world.checkers.violation(f"T0: {request} succeeded after the end of {watch.name}")

@@ -71,8 +71,11 @@ def test_a_deadlock_says_who_waits() -> None:
 
 def test_spinning_is_found() -> None:
     async def spin() -> None:
-        while True:
-            await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(again)
+        await asyncio.get_running_loop().create_future()
+
+    def again() -> None:
+        asyncio.get_running_loop().call_soon(again)
 
     with pytest.raises(Spinning):
         VirtualLoop(steps_max=1000).run_until_complete(spin())
