@@ -26,6 +26,8 @@ class ServerLimits:
     """Payload bytes served to one client before others get their turn."""
     pass_requests_max: int = 1024
     """Requests of one client served before others get their turn, however small."""
+    unix_send_buffer: int = 512 << 10
+    """Bytes asked for as a Unix socket's send buffer (the kernel doubles it)."""
     send_high_water: int = 256 << 10
     """Bytes handed to the socket's transport before the connection pauses."""
     linger_s: float = 10.0
