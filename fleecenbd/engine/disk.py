@@ -43,7 +43,8 @@ class Disk:
         self.active_writes = 0
         """Guest requests that are changing the active image now."""
         self.writes = 0
-        """Guest requests that changed the active image since the start."""
+        """Guest requests that may have changed the active image since the start."""
+        self._active_calls: set[asyncio.Task[None]] = set()
         self._holds = 0
         self._held = Waiters()
         self._idle = Waiters()
@@ -72,7 +73,7 @@ class Disk:
         """Write once no fleece needs the old data. Raises OSError.
 
         Cancelling it before the active write has started writes nothing; afterwards the write
-        goes on (as every device call), and must be awaited by nobody.
+        goes on, as every device call does, and arming waits for it.
         """
         await self._before_write([(offset, len(data))])
         await self._active(self.device.pwrite(offset, data))
@@ -131,14 +132,20 @@ class Disk:
             passed.update(fleeces)
 
     async def _active(self, call: Coroutine[Any, Any, None]) -> None:
+        """The active write, in a task of its own: it is in flight until the call has ended,
+        whatever becomes of the request, and arming waits for it."""
+        task = asyncio.get_running_loop().create_task(call, name=f"active write to {self.name}")
         self.active_writes += 1
-        try:
-            await call
-            self.writes += 1
-        finally:
-            self.active_writes -= 1
-            if not self.active_writes:
-                self._idle.wake_all()
+        self._active_calls.add(task)
+        task.add_done_callback(self._active_ended)
+        await asyncio.shield(task)
+
+    def _active_ended(self, task: asyncio.Task[None]) -> None:
+        self._active_calls.discard(task)
+        self.active_writes -= 1
+        self.writes += 1
+        if not self.active_writes:
+            self._idle.wake_all()
 
     def _must_copy(self, offset: int, length: int) -> bool:
         for fleece in self.fleeces:

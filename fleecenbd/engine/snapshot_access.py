@@ -168,7 +168,24 @@ class SnapshotAccess:
         first extent is wanted. What may not be read counts as data: a client that believes the
         map and reads there fails loudly. Raises OSError when broken or finished.
         """
-        return await windowed_status(self._window_status, offset, length, one=one)
+        extents = await windowed_status(self._window_status, offset, length, one=one)
+        return self._unreadable_as_data(offset, extents)
+
+    def _unreadable_as_data(self, offset: int, extents: list[Extent]) -> list[Extent]:
+        """The look at access after the last await: what was released meanwhile is data.
+
+        Elsewhere the active image's answer was given under freeze, so it is that of arming.
+        """
+        access = self._state.access
+        length = sum(run for run, _ in extents)
+        if access.all(offset, length):
+            return extents
+        cursor = ExtentCursor(offset, extents)
+        answer: list[Extent] = []
+        for start, run, readable in access.runs(offset, length):
+            for part, flags in cursor.cut(start, start + run):
+                append_extent(answer, part, flags if readable else _DATA)
+        return answer
 
     async def _window_status(self, offset: int, length: int) -> list[Extent]:
         state = self._state
@@ -178,7 +195,9 @@ class SnapshotAccess:
         first = offset >> shift
         end = ((offset + length - 1) >> shift) + 1
         stop = offset + length
-        asked = state.access.bits[first:end] & ~state.done.bits[first:end]
+        known = state.access.bits[first:end]
+        asked = known & ~state.done.bits[first:end]
+        empty_in_temp = known & ~asked & ~state.charged.bits[first:end]
         low = asked.find(1)
         source_extents: list[Extent] = []
         source_offset = offset
@@ -197,10 +216,6 @@ class SnapshotAccess:
                 state.guests.wake(request.first, request.end)
             if state.dead:
                 raise state.death()
-        # One step: what still has access was frozen until now, so its answer is that of arming.
-        live = state.access.bits[first:end]
-        empty_in_temp = live & ~asked & ~state.charged.bits[first:end]
-        asked &= live
         extents: list[Extent] = []
         cursor = ExtentCursor(source_offset, source_extents)
         for run_first, run_end, bit in _bit_runs(asked):

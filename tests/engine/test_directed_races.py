@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from fleecenbd.engine.extents import STATUS_WINDOW
 from fleecenbd.engine.session import SessionOptions
 from fleecenbd.storage.device import EXTENT_ZERO
 from tests.simulation.gated import GatedDevice
@@ -352,6 +353,41 @@ async def test_block_status_calls_data_what_was_released_while_it_asked() -> Non
     extents = await asking
     assert [length for length, _ in extents] == [2 * CLUSTER, CLUSTER, 5 * CLUSTER]
     assert [bool(flags & EXTENT_ZERO) for _, flags in extents] == [True, False, True]
+
+
+@simulated
+async def test_block_status_calls_data_what_was_released_while_a_later_window_was_asked() -> None:
+    scene = Scene(size=STATUS_WINDOW + 8 * CLUSTER)
+    scene.active.content[:] = bytes(scene.size)
+    scene.active.space.clear()
+    fleece = await scene.arm()
+    scene.active.gate("extents", where=lambda offset, length: offset == STATUS_WINDOW)
+    asking = asyncio.ensure_future(fleece.status(0, scene.size))
+    call = await scene.active.reached("extents")
+    await trim(fleece, 2)
+    call.go()
+    extents = await asking
+    assert [length for length, _ in extents] == [2 * CLUSTER, CLUSTER, scene.size - 3 * CLUSTER]
+    assert [bool(flags & EXTENT_ZERO) for _, flags in extents] == [True, False, True]
+
+
+@simulated
+async def test_a_cancelled_guest_write_is_in_flight_until_its_call_has_ended() -> None:
+    scene = Scene()
+    scene.active.gate("write", where=lambda offset, length: offset == 2 * CLUSTER)
+    writing = scene.write(2)
+    call = await scene.active.reached("write")
+    writing.cancel()
+    await settle()
+    assert writing.cancelled()
+    arming = asyncio.ensure_future(scene.arm())
+    await settle()
+    assert not arming.done()
+    call.go()
+    fleece = await arming
+    # The write ended before the moment of arming: it is in the snapshot, whole.
+    assert await fleece.read(2 * CLUSTER, CLUSTER) == scene.now(2)
+    assert scene.now(2) != scene.old(2)
 
 
 # a temp image that hangs

@@ -241,12 +241,12 @@ BACKUP_SIDE = (
     _bug(
         "block status does not look at access again",
         "snapshot_access",
-        ("        asked &= live\n", ""),
+        ("return self._unreadable_as_data(offset, extents)", "return extents"),
     ),
     _bug(
         "block status says zero for what was released",
         "snapshot_access",
-        ("empty_in_temp = live & ~asked &", "empty_in_temp = ~asked &"),
+        ("flags if readable else _DATA", "flags"),
     ),
     _bug(
         "a read in one step does not look at access",
@@ -412,8 +412,8 @@ ACTIVE_IMAGE = (
         "a guest write is acknowledged before it has ended",
         "disk",
         (
-            "            await call\n",
-            "            asyncio.get_running_loop().create_task(call)\n",
+            "        await asyncio.shield(task)\n",
+            "",
         ),
     ),
 )

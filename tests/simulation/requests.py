@@ -298,8 +298,7 @@ async def client_status(world: World, watch: FleeceWatch, offset: int, length: i
             world.met["zero claims"] += 1
             if any(watch.t0[position:stop]):
                 violation(f"T0: {request} claims zeroes at {position}..{stop}")
-            windows = -(-length // world.engine.limit("STATUS_WINDOW"))
-            if windows == 1 and not watch.all_access(position, extent_length):
+            if not watch.all_access(position, extent_length):
                 violation(f"T0: {request} claims zeroes in a released range")
         position = stop
     if not offset < position <= offset + length:
