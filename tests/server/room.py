@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +44,11 @@ CLUSTER = 4096
 def pattern(length: int) -> bytes:
     """Bytes without zeroes in which neighbouring places do not look alike."""
     return bytes((index * 7 + (index >> 8) * 13) % 255 + 1 for index in range(length))
+
+
+def tight(**limits: Any) -> ServerLimits:
+    """Limits under which the kernel holds little of what a client does not read."""
+    return ServerLimits(**{"unix_send_buffer": 32 << 10, **limits})
 
 
 class Client:

@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 
 from fleecenbd.server.limits import ServerLimits
 from tests.nbd import wire
-from tests.server.room import MODES, SIZE, Client, Room, pattern, room
+from tests.server.room import MODES, SIZE, Client, Room, pattern, room, tight
 from tests.simulation.gated import GatedCall
 
 KIB = 1 << 10
 MIB = 1 << 20
-SOCKET_BYTES = 512 * KIB
-"""More than the kernel keeps for one connection here."""
 
 
 def reads_in(served: Room) -> list[GatedCall]:
@@ -30,7 +28,7 @@ async def send_all(client: Client, data: bytes) -> asyncio.Task[None]:
 
 
 async def test_a_client_that_never_reads_is_not_served_more_than_it_may_hold() -> None:
-    limits = ServerLimits(send_high_water=64 * KIB, bytes_max=128 * KIB)
+    limits = tight(send_high_water=64 * KIB, bytes_max=128 * KIB)
     async with room(limits=limits, session="n") as served:
         backup = await served.client("vda@n")
         asked = b"".join(backup.prepare(wire.READ, 0, 16 * KIB)[1] for _ in range(200))
@@ -46,7 +44,7 @@ async def test_a_client_that_never_reads_is_not_served_more_than_it_may_hold() -
 
 
 async def test_replies_that_wait_for_a_client_count_until_it_takes_them() -> None:
-    limits = ServerLimits(send_high_water=16 * KIB, bytes_max=256 * KIB)
+    limits = tight(send_high_water=16 * KIB, bytes_max=256 * KIB)
     async with room(limits=limits, session="n") as served:
         device = served.devices["vda"]
         device.gate("read")
@@ -69,7 +67,7 @@ async def test_replies_that_wait_for_a_client_count_until_it_takes_them() -> Non
 
 
 async def test_a_long_reply_in_a_transport_that_is_paused_counts() -> None:
-    async with room(session="n", size=4 * MIB) as served:
+    async with room(limits=tight(), session="n", size=4 * MIB) as served:
         device = served.devices["vda"]
         device.gate("read")
         backup = await served.client("vda@n")
@@ -84,7 +82,7 @@ async def test_a_long_reply_in_a_transport_that_is_paused_counts() -> None:
 
 
 async def test_a_client_that_vanishes_with_replies_unread_gives_their_bytes_back() -> None:
-    limits = ServerLimits(send_high_water=16 * KIB)
+    limits = tight(send_high_water=16 * KIB)
     async with room(limits=limits, session="n", size=MIB) as served:
         device = served.devices["vda"]
         device.gate("read")
@@ -185,7 +183,7 @@ async def test_who_waited_for_the_budget_and_left_is_in_nobodys_way() -> None:
 
 
 async def test_a_slow_client_does_not_slow_another() -> None:
-    async with room(session="n") as served:
+    async with room(limits=tight(), session="n") as served:
         slow, quick = await served.client("vda@n"), await served.client("vda@n")
         sending = await send_all(
             slow, b"".join(slow.prepare(wire.READ, 0, SIZE)[1] for _ in range(50))
@@ -288,6 +286,7 @@ plans = st.builds(
     seed=st.integers(0, 1 << 30),
     limits=st.builds(
         ServerLimits,
+        unix_send_buffer=st.sampled_from([4 * KIB, 32 * KIB, 512 * KIB]),
         requests_max=st.integers(1, 8),
         bytes_max=st.integers(1, 200 * KIB),
         bytes_max_all=st.integers(1, 300 * KIB),

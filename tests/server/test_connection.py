@@ -6,7 +6,7 @@ import pytest
 
 from fleecenbd.server.limits import ServerLimits
 from tests.nbd import wire
-from tests.server.room import MODES, SIZE, Client, Room, pattern, room
+from tests.server.room import MODES, SIZE, Client, Room, pattern, room, tight
 
 in_every_mode = pytest.mark.parametrize("mode", MODES)
 
@@ -100,7 +100,7 @@ async def test_the_time_for_the_handshake_ends_with_it() -> None:
 
 
 async def test_a_client_that_reads_no_option_replies_is_not_read_either() -> None:
-    limits = ServerLimits(send_high_water=4096)
+    limits = tight(send_high_water=4096)
     async with room(limits=limits, disks=[f"disk{number:02}" for number in range(40)]) as served:
         client = await served.connect()
         (connection,) = served.server.clients.connections
@@ -178,7 +178,7 @@ async def ask_for_more_than_a_socket_holds(served: Room, client: Client) -> int:
 
 
 async def test_who_says_disc_and_does_not_read_is_dropped_in_the_end() -> None:
-    limits = ServerLimits(send_high_water=4096, linger_s=0.02)
+    limits = tight(send_high_water=4096, linger_s=0.02)
     async with room(limits=limits) as served:
         client = await served.client("vda")
         await ask_for_more_than_a_socket_holds(served, client)
@@ -189,7 +189,7 @@ async def test_who_says_disc_and_does_not_read_is_dropped_in_the_end() -> None:
 
 
 async def test_the_last_replies_may_take_their_time() -> None:
-    async with room(limits=ServerLimits(send_high_water=4096)) as served:
+    async with room(limits=tight(send_high_water=4096)) as served:
         client = await served.client("vda")
         count = await ask_for_more_than_a_socket_holds(served, client)
         served.devices["vda"].open()
@@ -210,7 +210,7 @@ async def test_half_a_connection_is_none() -> None:
 
 
 async def test_half_a_connection_is_none_even_where_replies_wait_to_be_read() -> None:
-    async with room(session="n") as served:
+    async with room(limits=tight(), session="n") as served:
         backup = await served.client("vda@n")
         await fill(served, backup, "vda@n", length=8192)
         connection = served.connection("vda@n")
