@@ -12,7 +12,6 @@ from tests.guest.machine import Machine
 
 TOOLS = (
     "qemu-system-x86_64",
-    "systemd-socket-activate",
     "mkfs.ext4",
     "fsck.ext4",
     "debugfs",

@@ -1,4 +1,4 @@
-"""Disk images with ext4 on them, made and looked at from outside, by e2fsprogs. No mount, no root."""
+"""Disk images with ext4, made and looked at from outside, by e2fsprogs. No mount, no root."""
 
 import hashlib
 import tempfile

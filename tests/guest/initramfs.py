@@ -33,7 +33,7 @@ class Kernel:
 
 
 def fetched_kernel() -> Kernel:
-    """The kernel in the cache folder, downloaded if it is the first time. An error if it can't be."""
+    """The kernel in the cache folder, downloaded the first time. An error if it can't be."""
     result = subprocess.run(
         ["sh", GUEST_KERNEL],
         stdin=subprocess.DEVNULL,

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ MOUNTED = "/mnt"
 # no fault of a disk's.
 KERNEL_FAULTS = re.compile(
     r"I/O error|critical \w+ error|EXT4-fs (error|warning)|EXT4-fs.*abort|JBD2.*(error|abort)"
-    r"|read-only|blocked for more than|panic",
+    r"|Aborting journal|read-only|blocked for more than|panic",
     re.IGNORECASE,
 )
 BOOTED = "guest: booted"
@@ -73,17 +74,19 @@ class Ledger:
     `fsynced`: file to MD5 sum, if the last that was told of the file is its fsync.
     `writing`: files that a writer is at work on: anything may be in them.
     `times`: for each writer's folder, when each fsync was told (seconds, host's monotonic clock).
+    `rounds`: for each reader's folder, how often it was read, each time with the same content.
     """
 
     fsynced: dict[str, str] = field(default_factory=dict)
     writing: set[str] = field(default_factory=set)
     failed: list[str] = field(default_factory=list)
     times: dict[str, list[float]] = field(default_factory=dict)
+    rounds: Counter[str] = field(default_factory=Counter)
 
     def take(self, line: str, at: float) -> None:
         """Enter a line of a writer's, told at that time; others are none of its business."""
         word, *rest = line.split()
-        if word not in ("@writing", "@fsynced", "@failed"):
+        if word not in ("@writing", "@fsynced", "@read", "@failed"):
             return
         file = rest[0].removeprefix(MOUNTED)
         if word == "@writing":
@@ -93,6 +96,8 @@ class Ledger:
             self.writing.discard(file)
             self.fsynced[file] = rest[1]
             self.times.setdefault(str(Path(file).parent), []).append(at)
+        elif word == "@read":
+            self.rounds[file] += 1
         else:
             self.failed.append(file)
 
@@ -126,6 +131,7 @@ class Guest:
         self._heard = threading.Condition()
         self._ended = False
         self._commands = 0
+        self._writers: set[str] = set()
         self._reader = threading.Thread(target=self._read, name="guest's console", daemon=True)
         self._reader.start()
 
@@ -184,9 +190,10 @@ class Guest:
         return lines
 
     def wait_fsynced(self, more: int, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
-        """Wait until each of the guest's writers has told of that many more fsyncs."""
+        """Wait until each writer at work has told of that many more fsyncs."""
         with self._heard:
-            goals = {folder: count + more for folder, count in self.ledger.counts().items()}
+            goals = {folder: self.ledger.counts()[folder] + more for folder in self._writers}
+        assert goals, "nobody writes"
 
         def reached() -> bool:
             counts = self.ledger.counts()
@@ -195,22 +202,33 @@ class Guest:
             )
 
         self.wait_until(reached, f"{more} more fsyncs", timeout_s)
-        assert not self.ledger.failed, f"a writer has failed\n{self.told()}"
+        assert not self.ledger.failed, f"a writer or reader has failed\n{self.told()}"
 
-    def start_writer(self, folder: str, names: int) -> None:
+    def start_writer(self, folder: str, names: int, block: str = "4k") -> None:
         """Let a writer write files, each with fsync (scripts/writer); wait for its first."""
+        self._writers.add(folder)
         before = self.ledger.counts().get(folder, 0)
-        self.run(f"start_writer {MOUNTED}{folder} {names}")
+        self.run(f"start_writer {MOUNTED}{folder} {names} {block}")
         self.wait_until(
             lambda: self.ledger.counts().get(folder, 0) > before,
             f"first fsync in {folder}",
             COMMAND_TIMEOUT_S,
         )
 
+    def start_reader(self, folder: str) -> None:
+        """Let a reader read the files in a folder, over and over; wait for its first round."""
+        self.run(f"start_reader {MOUNTED}{folder}")
+        self.wait_until(
+            lambda: bool(self.ledger.rounds[folder] or self.ledger.failed),
+            f"first reading of {folder}",
+            COMMAND_TIMEOUT_S,
+        )
+
     def stop_writers(self) -> None:
-        """Let all writers end with the file that they are at."""
+        """Let all writers end with the file that they are at; readers, too."""
         self.run("stop_writers")
-        assert not self.ledger.failed, f"a writer has failed\n{self.told()}"
+        self._writers.clear()
+        assert not self.ledger.failed, f"a writer or reader has failed\n{self.told()}"
         assert not self.ledger.writing, f"writers have left files unfinished\n{self.told()}"
 
     def mount(self) -> None:
@@ -265,7 +283,7 @@ class Guest:
 
 @contextmanager
 def booted(machine: Machine, name: str = "guest") -> Iterator[Guest]:
-    """A machine that has booted; `name` is for its log files. Killed at the end if it still runs."""
+    """A machine that has booted; killed at the end if it still runs. `name`: of its log files."""
     kernel_log = machine.folder / f"{name}.kernel.log"
     log = machine.folder / f"{name}.qemu.log"
     kernel_log.touch()

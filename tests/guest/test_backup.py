@@ -103,22 +103,22 @@ def test_what_the_guest_discards_is_free_in_the_image(
     tmp_path: Path, machine_maker: MachineMaker
 ) -> None:
     disk = make_filesystem(tmp_path / "vm.raw", SIZE)
-    with serving(tmp_path, disk) as server:
-        with booted(machine_maker(tmp_path, server.unix)) as guest:
-            guest.mount()
-            empty = _allocated(disk)
-            guest.run(f"dd if=/dev/urandom of={MOUNTED}/large bs=1M count=64 conv=fsync")
-            full = _allocated(disk)
-            guest.run(f"rm {MOUNTED}/large && sync")
-            removed = _allocated(disk)
-            guest.run(f"fstrim {MOUNTED}")
-            trimmed = _allocated(disk)
-            guest.unmount()
-            sound = faults(copy_disk(disk, tmp_path / "sound.raw"), {})
-            guest.run("blkdiscard /dev/vda")
-            discarded = _allocated(disk)
-            guest.power_off()
-            assert guest.kernel_faults() == []
+    machine = machine_maker(tmp_path, tmp_path / "f.sock")
+    with serving(tmp_path, disk), booted(machine) as guest:
+        guest.mount()
+        empty = _allocated(disk)
+        guest.run(f"dd if=/dev/urandom of={MOUNTED}/large bs=1M count=64 conv=fsync")
+        full = _allocated(disk)
+        guest.run(f"rm {MOUNTED}/large && sync")
+        removed = _allocated(disk)
+        guest.run(f"fstrim {MOUNTED}")
+        trimmed = _allocated(disk)
+        guest.unmount()
+        sound = faults(copy_disk(disk, tmp_path / "sound.raw"), {})
+        guest.run("blkdiscard /dev/vda")
+        discarded = _allocated(disk)
+        guest.power_off()
+        assert guest.kernel_faults() == []
     print(
         f"\nMiB in use: {empty / MIB:.1f} empty, {full / MIB:.1f} with a file of 64, "
         f"{removed / MIB:.1f} once removed, {trimmed / MIB:.1f} once trimmed, "
