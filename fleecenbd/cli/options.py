@@ -18,6 +18,8 @@ class ServeOptions:
     disks: tuple[DiskSpec, ...]
     addresses: Addresses | None
     state_directory: Path | None = None
+    guests_directory: Path | None = None
+    """Where it is noted which guests are connected; None: nowhere."""
     session: str | None = None
     session_options: SessionOptions = field(default_factory=SessionOptions)
     default_export: str | None = None

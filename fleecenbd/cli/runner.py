@@ -25,6 +25,7 @@ from fleecenbd.cli.options import ServeOptions
 from fleecenbd.cli.places import make_private_directory
 from fleecenbd.cli.stopping import Stopping
 from fleecenbd.engine.disk import Disk
+from fleecenbd.server.guest_records import GuestRecords
 from fleecenbd.server.server import Server
 from fleecenbd.server.sockets import notify
 
@@ -43,8 +44,12 @@ async def run_server(
     asyncio.get_running_loop().set_exception_handler(logs.loop_exception)
     stopping = Stopping()
     stopping.catch_signals()
+    records = _guest_records(options, disks)
     server = Server(
-        default_export=options.empty_name, shared=options.shared, read_only=options.read_only
+        default_export=options.empty_name,
+        shared=options.shared,
+        read_only=options.read_only,
+        guest_records=records,
     )
     for disk in disks:
         server.add_disk(disk)
@@ -57,6 +62,22 @@ async def run_server(
             stopped = await _stop(server, stopping)
             stopping.release_signals()
     return status if stopped else 1
+
+
+def _guest_records(options: ServeOptions, disks: Sequence[Disk]) -> GuestRecords | None:
+    """Where connected guests are noted; refuses disks that a guest would find different.
+
+    None where no guest could come back: the server is one client's own.
+    """
+    if options.guests_directory is None:
+        return None
+    records = GuestRecords(options.guests_directory)
+    try:
+        for disk in disks:
+            records.check(disk.name, disk.device.name, disk.size, writable=not options.read_only)
+    except OSError as error:
+        raise CommandError(f"cannot serve: {reason(error)}") from error
+    return records
 
 
 async def _serve(

@@ -12,7 +12,7 @@ import uvloop
 
 from fleecenbd.cli import logs, values
 from fleecenbd.cli.endpoints import DEFAULT_PORT, PRIVATE, Addresses
-from fleecenbd.cli.errors import UsageError
+from fleecenbd.cli.errors import CommandError, UsageError
 from fleecenbd.cli.handed import Handed, starting_client, take_activated, take_standard_input
 from fleecenbd.cli.images import open_disks
 from fleecenbd.cli.options import ServeOptions, check_default_export, refuse_together
@@ -342,6 +342,11 @@ def serve(
         disks=values.parse_disks(disk),
         addresses=addresses,
         state_directory=_state_directory(state_dir) if begin is not None else None,
+        guests_directory=(
+            None
+            if single or starter is not None or run is not None
+            else _guests_directory(state_dir)
+        ),
         session=begin,
         session_options=_session_options(temp_limit, cluster_size, on_cbw_error, cbw_timeout),
         default_export=default_export,
@@ -360,6 +365,14 @@ def _state_directory(given: str | None) -> Path:
     if given is not None:
         return Path(given)
     return default_state_directory(os.environ, os.geteuid())
+
+
+def _guests_directory(given: str | None) -> Path | None:
+    """The state directory; None where there is none by default: a guest needs none."""
+    try:
+        return _state_directory(given)
+    except CommandError:
+        return None
 
 
 def _session_options(

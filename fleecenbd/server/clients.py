@@ -57,6 +57,10 @@ class Clients:
         self.find_export = find_export
         self.list_exports = list_exports
         self.connections: dict[Connection, None] = {}
+        self.guest_came: Callable[[GuestExport, int | None], None] = lambda export, pid: None
+        """Called with each client of a guest export that comes, and its process if known."""
+        self.guest_left: Callable[[GuestExport], None] = lambda export: None
+        """Called when the last client of a guest export has left."""
         self._guest_budget = Budget(limits.bytes_max_all)
         self._fleecing_budget = Budget(limits.bytes_max_all)
         self._leftovers: dict[Export, set[asyncio.Task[None]]] = {}
@@ -115,6 +119,12 @@ class Clients:
                 "kept for guests",
             )
 
+    def began(self, connection: Connection) -> None:
+        """The connection's handshake has ended with an export."""
+        export = connection.export
+        if isinstance(export, GuestExport):
+            self.guest_came(export, connection.pid)
+
     # -- ends ------------------------------------------------------------------------------
 
     def lost(self, connection: Connection, in_flight: set[asyncio.Task[None]]) -> None:
@@ -124,6 +134,8 @@ class Clients:
         if export is None:
             return
         logger.info("%s: gone from %s", connection.peer, export.info.name)
+        if isinstance(export, GuestExport) and not self.of(export):
+            self.guest_left(export)
         if export.is_guest and in_flight:
             leftovers = self._leftovers.setdefault(export, set())
             for task in in_flight:

@@ -32,9 +32,13 @@ logger = logging.getLogger(__name__)
 class Connection(asyncio.Protocol):
     """The protocol object of one client. Everything runs on the loop's thread."""
 
-    def __init__(self, clients: Clients, peer: str, *, backup_only: bool) -> None:
+    def __init__(
+        self, clients: Clients, peer: str, *, backup_only: bool, pid: int | None = None
+    ) -> None:
         self.peer = peer
         """Who it is, for messages: ``pid 123``, or an address."""
+        self.pid = pid
+        """Its process; None if that is not known, as over TCP."""
         self.backup_only = backup_only
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Set when the transport has closed."""
@@ -146,6 +150,7 @@ class Connection(asyncio.Protocol):
         )
         self.transmission = transmission
         logger.info("%s: connected to %s", self.peer, export.info.name)
+        self._clients.began(self)
         if predecessors:
             transmission.follow(predecessors)
         transmission.receive_data(self._handshake.leftover)

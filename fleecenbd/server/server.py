@@ -27,6 +27,7 @@ from fleecenbd.nbd.errors import NegotiationError, shown_name
 from fleecenbd.server.clients import Clients
 from fleecenbd.server.connection import Connection
 from fleecenbd.server.exports import Export, FleecingExport, GuestExport
+from fleecenbd.server.guest_records import GuestRecords
 from fleecenbd.server.limits import ServerLimits
 
 __all__ = ["Server", "ServerLimits"]
@@ -58,7 +59,8 @@ class Server:
 
     Must be made, and called, on the running loop's thread. ``shared``: connections that a guest
     export admits, 0 for any number. ``default_export``: what the empty name means; None: it is
-    refused, with the list of names.
+    refused, with the list of names. ``guest_records``: where it is noted which guests are
+    connected, for the next server.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Server:
         default_export: str | None = None,
         shared: int = 1,
         read_only: bool = False,
+        guest_records: GuestRecords | None = None,
     ) -> None:
         self.default_export = default_export
         self.disks: dict[str, Disk] = {}
@@ -76,11 +79,28 @@ class Server:
         self._shared = shared
         self._read_only = read_only
         self._exports: dict[str, Export] = {}
-        self._finished: deque[tuple[str, str]] = deque(maxlen=FINISHED_MAX)
+        self._beginning: set[str] = set()
+        """Names of sessions that are being armed."""
+        self._finished: deque[tuple[frozenset[str], str]] = deque(maxlen=FINISHED_MAX)
+        """Of each session: the names of its exports, and its result."""
         self._listeners: list[_Listener] = []
         self._accepting: set[asyncio.Task[object]] = set()
         self._timers: set[asyncio.TimerHandle] = set()
         self._stopping = False
+        self._guest_records = guest_records
+        if guest_records is not None and not read_only:
+            self.clients.guest_came = self._guest_came
+            self.clients.guest_left = self._guest_left
+
+    def _guest_came(self, export: GuestExport, pid: int | None) -> None:
+        assert self._guest_records is not None, "it is told only then"
+        self._guest_records.came(export.disk.device.name, export.disk.size, pid)
+
+    def _guest_left(self, export: GuestExport) -> None:
+        # One that the server leaves may come back to the next server.
+        if not self._stopping:
+            assert self._guest_records is not None, "it is told only then"
+            self._guest_records.left(export.disk.device.name)
 
     # -- disks and sessions ----------------------------------------------------------------
 
@@ -99,15 +119,22 @@ class Server:
         make_temp: MakeTemp,
     ) -> Session:
         """Begin a session over the disks of these names (None: all). Raises OSError."""
-        if name in self.sessions:
+        if name in self.sessions or name in self._beginning:
             raise OSError(errno.EEXIST, f"there is a session called {name} already")
         names = list(self.disks) if disks is None else list(disks)
         for disk_name in names:
             if disk_name not in self.disks:
                 raise OSError(errno.ENOENT, f"there is no disk called {disk_name}")
-        session = await arm(
-            name, [self.disks[disk] for disk in names], options, make_temp, clock=time.time
-        )
+        self._beginning.add(name)
+        try:
+            session = await arm(
+                name, [self.disks[disk] for disk in names], options, make_temp, clock=time.time
+            )
+        finally:
+            self._beginning.discard(name)
+        if self._stopping:
+            session.finish(failed=True)
+            raise OSError(errno.ESHUTDOWN, f"session {name} cannot begin: the server is stopping")
         self.sessions[name] = session
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(session.armed_at))
         for fleece in session.fleeces:
@@ -132,10 +159,11 @@ class Server:
         if session is None:
             raise OSError(errno.ENOENT, f"there is no session called {name}")
         session.finish(failed=failed)
+        result = "failed" if session.failed else "success"
+        names = frozenset(fleece.name for fleece in session.fleeces)
+        self._finished.append((names, f"session {name} is finished ({result})"))
         for fleece in session.fleeces:
             export = self._exports.pop(fleece.name)
-            result = "failed" if session.failed else "success"
-            self._finished.append((fleece.name, f"session {name} is finished ({result})"))
             # A fleece that had broken told its clients so then; now they lose their export.
             self._end_clients(fleece, export)
         logger.info("session %s %s: finished", name, session.id)
@@ -162,7 +190,7 @@ class Server:
         export = self._exports.get(name)
         if export is None:
             for finished, reason in reversed(self._finished):
-                if finished == name:
+                if name in finished:
                     raise NegotiationError(NBD_REP_ERR_UNKNOWN, f"{shown_name(name)}: {reason}")
             raise NegotiationError(
                 NBD_REP_ERR_UNKNOWN, f"there is no export called {shown_name(name)}"
@@ -237,11 +265,13 @@ class Server:
     def _prepare(self, sock: socket.socket, *, backup_only: bool) -> Connection | None:
         """Set the socket's options, and take the connection's place; None: it failed already."""
         limits = self.clients.limits
+        pid: int | None = None
         try:
             sock.setblocking(False)
             if sock.family == socket.AF_UNIX:
                 credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-                peer = f"pid {struct.unpack('iII', credentials)[0]}"
+                pid = struct.unpack("iII", credentials)[0] or None
+                peer = f"pid {pid}"
                 _enlarge_send_buffer(sock, limits.unix_send_buffer)
             else:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -257,7 +287,7 @@ class Server:
             logger.info("a connection failed before it began: %s", error.strerror)
             sock.close()
             return None
-        connection = Connection(self.clients, peer, backup_only=backup_only)
+        connection = Connection(self.clients, peer, backup_only=backup_only, pid=pid)
         self.clients.add(connection)
         return connection
 
@@ -309,6 +339,8 @@ class Server:
         self.abort()
         # A hung call keeps its image open; the process's end lets go of it.
         closes = [loop.create_task(disk.device.wait_closed()) for disk in self.disks.values()]
+        if self._guest_records is not None:
+            closes.append(loop.create_task(self._guest_records.settle()))
         await _until(loop.time() + 1.0, closes)
 
     def abort(self) -> None:

@@ -1,0 +1,123 @@
+"""A guest export never comes back different: what guests were served, for the next server to see.
+
+A guest that loses its server reconnects and goes on as if nothing had been. QEMU does not notice
+another size, and meets a read-only disk with hundreds of connections a second. So while a guest
+is connected to a disk that it may write, a small file in the state directory says what it was
+given; it goes when the guest leaves by itself, and stays when the server goes first, killed or
+not. The next server compares, and refuses to start. (docs/semantics.md, section 9)
+
+A guest on a Unix socket is known by its process: once that has ended, or the machine was started
+again, the file means nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from fleecenbd.storage.pool import ThreadPool
+
+logger = logging.getLogger(__name__)
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class GuestRecords:
+    """The files of one state directory, one for each image that a guest has."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        # One thread: what is asked for first is done first.
+        self._pool = ThreadPool(str(directory), "guest records", size_max=1)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def check(self, disk: str, image: str, size: int, *, writable: bool) -> None:
+        """Raise OSError(EBUSY) if a guest may come back to the image and find it different.
+
+        Blocks: call it before serving.
+        """
+        path = self._path(image)
+        try:
+            record = json.loads(path.read_text())
+            was, pid, boot = int(record["size"]), record["pid"], record["boot"]
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s says nothing that can be read (%r): ignored", path, error)
+            return
+        if pid is not None and (boot != _boot_id() or not _is_running(int(pid))):
+            return
+        guest = f"its guest (pid {pid})" if pid is not None else "its guest"
+        if was != size:
+            change = f"had {was} bytes, and has {size} now"
+        elif not writable:
+            change = "could be written, and would be read-only now"
+        else:
+            return
+        raise OSError(
+            errno.EBUSY,
+            f"disk {disk} {change}; {guest} was connected when the server ended, would come "
+            f"back and not notice: end the guest first, or remove {path} if it is gone",
+            image,
+        )
+
+    def came(self, image: str, size: int, pid: int | None) -> None:
+        """A guest has connected, and may write. ``pid`` None: it is on another machine."""
+        record = {"image": str(image), "size": size, "pid": pid, "boot": _boot_id()}
+        self._do(lambda: self._write(self._path(image), json.dumps(record)))
+
+    def left(self, image: str) -> None:
+        """The guest has left by itself."""
+        self._do(lambda: self._path(image).unlink(missing_ok=True))
+
+    async def settle(self) -> None:
+        """Return when the files are as they should be."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    def _do(self, call: Callable[[], None]) -> None:
+        task = asyncio.get_running_loop().create_task(self._in_the_pool(call))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _in_the_pool(self, call: Callable[[], None]) -> None:
+        try:
+            await self._pool.run(call)
+        except OSError as error:
+            logger.warning("it cannot be noted which guests are connected: %s", error)
+
+    def _write(self, path: Path, text: str) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        try:
+            draft.write_text(text)
+            draft.replace(path)
+        except OSError:
+            with suppress(OSError):
+                draft.unlink()
+            raise
+
+    def _path(self, image: str) -> Path:
+        digest = hashlib.sha256(os.fsencode(os.path.realpath(image))).hexdigest()
+        return self._directory / "guests" / f"{digest[:32]}.json"
+
+
+def _boot_id() -> str:
+    return BOOT_ID.read_text().strip()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
