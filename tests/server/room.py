@@ -341,9 +341,13 @@ async def room(
     disks: Sequence[str] = ("vda",),
     session: str | None = None,
     size: int = SIZE,
+    content: bytes | None = None,
     options: SessionOptions | None = None,
 ) -> AsyncIterator[Room]:
-    """A server on a Unix socket, with disks of ``pattern(size)``, and a session if one is named."""
+    """A server on a Unix socket, with disks of ``content``, and a session if one is named.
+
+    ``content`` None: ``pattern(size)``.
+    """
     before = asyncio.all_tasks()
     failures: list[dict[str, object]] = []
     loop = asyncio.get_running_loop()
@@ -355,7 +359,7 @@ async def room(
         served = Room(server, Path(directory))
         try:
             for name in disks:
-                served.add_disk(name, size)
+                served.add_disk(name, size, content)
             served.listen()
             if session is not None:
                 await served.begin(session, options=options)
