@@ -28,7 +28,7 @@ MOUNTED = "/mnt"
 # In the kernel's words. What an emulated processor that starves makes it say (stalls, clocks) is
 # no fault of a disk's.
 KERNEL_FAULTS = re.compile(
-    r"I/O error|critical \w+ error|EXT4-fs (error|warning)|EXT4-fs.*abort|JBD2.*(error|abort)"
+    r"I/O error|critical [\w ]+ error|EXT4-fs (error|warning)|EXT4-fs.*abort|JBD2.*(error|abort)"
     r"|Aborting journal|read-only|blocked for more than|panic",
     re.IGNORECASE,
 )
