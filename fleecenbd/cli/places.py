@@ -53,3 +53,18 @@ def make_private_directory(path: Path) -> None:
     if path.parent != path:
         make_private_directory(path.parent)
     path.mkdir(mode=0o700, exist_ok=True)
+
+
+def state_directory(given: str | None) -> Path:
+    """That of --state-dir, or the default one. Raises UsageError where there is none."""
+    if given is not None:
+        return Path(given)
+    return default_state_directory(os.environ, os.geteuid())
+
+
+def guests_directory(given: str | None) -> Path | None:
+    """The same; None where there is none by default: a guest needs none."""
+    try:
+        return state_directory(given)
+    except UsageError:
+        return None

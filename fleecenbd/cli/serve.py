@@ -12,11 +12,11 @@ import uvloop
 
 from fleecenbd.cli import logs, values
 from fleecenbd.cli.endpoints import DEFAULT_PORT, PRIVATE, Addresses
-from fleecenbd.cli.errors import CommandError, UsageError
+from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.handed import Handed, starting_client, take_activated, take_standard_input
 from fleecenbd.cli.images import open_disks
 from fleecenbd.cli.options import ServeOptions, check_default_export, refuse_together
-from fleecenbd.cli.places import default_socket, default_state_directory
+from fleecenbd.cli.places import default_socket, guests_directory, state_directory
 from fleecenbd.cli.process import keep_buffers_on_the_heap
 from fleecenbd.cli.runner import run_server
 from fleecenbd.engine.session import SessionOptions
@@ -338,15 +338,12 @@ def serve(
             backup_unix=backup_unix,
             backup_port=backup_port,
         )
+    own_client = single or starter is not None or run is not None
     options = ServeOptions(
         disks=values.parse_disks(disk),
         addresses=addresses,
-        state_directory=_state_directory(state_dir) if begin is not None else None,
-        guests_directory=(
-            None
-            if single or starter is not None or run is not None
-            else _guests_directory(state_dir)
-        ),
+        state_directory=state_directory(state_dir) if begin is not None else None,
+        guests_directory=None if own_client else guests_directory(state_dir),
         session=begin,
         session_options=_session_options(temp_limit, cluster_size, on_cbw_error, cbw_timeout),
         default_export=default_export,
@@ -359,20 +356,6 @@ def serve(
     check_default_export(options)
     client = take_standard_input() if single else None
     return _run(options, Handed(activated, client, starter))
-
-
-def _state_directory(given: str | None) -> Path:
-    if given is not None:
-        return Path(given)
-    return default_state_directory(os.environ, os.geteuid())
-
-
-def _guests_directory(given: str | None) -> Path | None:
-    """The state directory; None where there is none by default: a guest needs none."""
-    try:
-        return _state_directory(given)
-    except CommandError:
-        return None
 
 
 def _session_options(
