@@ -66,7 +66,7 @@ def test_a_backup_of_a_running_guest_is_its_disk_at_arming(
     for backup in (pulled, released):
         assert first_difference(before, backup) is None
         assert faults(backup, at_arming) == []
-    assert held_peak > MIB
+    assert held_peak > 0, "the guest has overwritten nothing: this has shown nothing"
     assert held_in_the_end == 0, "old data is kept that was released"
     kept = {file: total for file, total in at_arming.items() if file.startswith("/kept/")}
     assert faults(disk, kept | told) == []
