@@ -204,6 +204,10 @@ class Connection(asyncio.Protocol):
         else:
             self.transmission.close()
 
+    async def closed(self) -> None:
+        """Return when the transport has closed."""
+        await asyncio.shield(self.lost)
+
     def peer_has_gone(self) -> bool:
         """Has the client closed its end, seen or not yet seen by the transport?"""
         return self.channel is not None and self.channel.peer_has_gone()

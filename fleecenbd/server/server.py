@@ -15,9 +15,10 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.fleece import Fleece
@@ -38,6 +39,8 @@ SO_SNDBUFFORCE = 32
 """socket(7); Python has no name for it."""
 STOP_DEADLINE_S = 10.0
 """Seconds that requests in flight have to end when the server stops."""
+CLOSE_DEADLINE_S = 1.0
+"""Seconds after that for the last replies to leave, and again for images to be closed."""
 ACCEPT_MAX = 16
 """Connections accepted in one go."""
 ACCEPT_PAUSE_S = 0.5
@@ -314,34 +317,24 @@ class Server:
         Sessions end. Images are closed when their last call has ended. Returns after
         ``deadline_s`` at the latest, plus the time that syncing takes (bounded by the same).
         """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + deadline_s
         self._stop_listening()
         connections = list(self.clients.connections)
         # Backups first: a guest must not wait for a session that nobody will read any more.
         for name in list(self.sessions):
             self.finish(name, failed=True)
-        drains = [
-            loop.create_task(connection.drain(), name=f"drain {connection.peer}")
-            for connection in connections
-        ]
-        await _until(deadline, [*drains, loop.create_task(self.clients.wait_leftovers())])
-        syncs = [
-            loop.create_task(self._sync(disk), name=f"sync {disk.name}")
-            for disk in self.disks.values()
-            if not self._read_only
-        ]
-        await _until(loop.time() + deadline_s, syncs)
+        drains = [connection.drain() for connection in connections]
+        await _within(deadline_s, [*drains, self.clients.wait_leftovers()])
+        if not self._read_only:
+            await _within(deadline_s, [self._sync(disk) for disk in self.disks.values()])
         for connection in connections:
             connection.close()
-        gone = [connection.lost for connection in connections]
-        await _until(loop.time() + 1.0, gone)
+        await _within(CLOSE_DEADLINE_S, [connection.closed() for connection in connections])
         self.abort()
         # A hung call keeps its image open; the process's end lets go of it.
-        closes = [loop.create_task(disk.device.wait_closed()) for disk in self.disks.values()]
+        closes = [disk.device.wait_closed() for disk in self.disks.values()]
         if self._guest_records is not None:
-            closes.append(loop.create_task(self._guest_records.settle()))
-        await _until(loop.time() + 1.0, closes)
+            closes.append(self._guest_records.settle())
+        await _within(CLOSE_DEADLINE_S, closes)
 
     def abort(self) -> None:
         """Stop at once: close every connection and image; calls in flight go on."""
@@ -380,8 +373,19 @@ def _enlarge_send_buffer(sock: socket.socket, length: int) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, length)
 
 
-async def _until(deadline: float, futures: Sequence[asyncio.Future[None]]) -> None:
-    """Return when all have ended, or at the deadline (loop time); what is left goes on."""
-    if futures:
-        timeout = max(0.0, deadline - asyncio.get_running_loop().time())
-        await asyncio.wait(futures, timeout=timeout)
+async def _within(deadline_s: float, waits: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Wait for all of these, ``deadline_s`` at most; what is left then is given up.
+
+    Nothing is undone by that: these only wait, and calls on devices go on.
+    """
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    if not tasks:
+        return
+    try:
+        await asyncio.wait(tasks, timeout=deadline_s)
+    finally:
+        for task in tasks:
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, Exception):
+                logger.error("stopping: %r", result)

@@ -268,6 +268,10 @@ class Room:
         sock = socket.socket(socket.AF_UNIX)
         sock.setblocking(False)
         sock.connect(str(self._directory / listener))
+        return self.adopt(sock)
+
+    def adopt(self, sock: socket.socket) -> Client:
+        """A client on a socket that is connected, and does not block."""
         client = Client(sock)
         self.clients.append(client)
         return client
@@ -295,7 +299,7 @@ class Room:
             connections = list(self.server.clients.connections)
         async with asyncio.timeout(WAIT_S):
             for connection in connections:
-                await asyncio.shield(connection.lost)
+                await connection.closed()
 
     async def settled(self) -> None:
         """Return when the server has seen all that was sent: a stranger has come and gone."""
