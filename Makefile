@@ -16,7 +16,7 @@ TOOLS := .venv/.tools
 SEEDS ?= 200
 RUNS ?= 20
 
-.PHONY: help venv tools demo test lint format simulate interop stress bench-quick coverage clean
+.PHONY: help venv tools demo test lint format simulate interop differential stress bench-quick coverage clean
 
 help:  ## this text
 	@echo "fleecenbd - make targets:"
@@ -57,7 +57,10 @@ simulate: $(READY)  ## seeded runs of the engine against its checkers: SEEDS=N, 
 	$(PYTHON) -m tests.simulation $(if $(SEED),--seed $(SEED) --trace,--seeds $(SEEDS))
 
 interop: $(if $(PEERS),,$(TOOLS))  ## only the tests with other people's NBD clients; PEERS=trixie: Debian 13's
-	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m pytest tests/interop $(PYTEST)
+	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m pytest tests/interop tests/differential tests/peers $(PYTEST)
+
+differential: $(if $(PEERS),,$(TOOLS))  ## scripts drawn from seeds to us and to QEMU: SEEDS=N, SEED=n; PEERS=trixie: QEMU 10
+	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m tests.differential $(if $(SEED),--seed $(SEED) --show,--seeds $(SEEDS))
 
 stress: $(TOOLS)  ## fio with verify, two pulls, a trimmer and a killed client: RUNS=N
 	$(PYTHON) -m tests.e2e.stress --runs $(RUNS)

@@ -54,7 +54,7 @@ ERRORS: dict[str, tuple[str, set[str | None]]] = {
     "write-to-backup": ("EPERM", {"ENOTSUP"}),
     "zero-on-backup": ("EINVAL", {"ENOTSUP"}),
     "cache-on-backup": ("EINVAL", {None}),
-    "fua-on-backup": ("EINVAL", {None}),
+    "fua-on-backup": ("EINVAL", {None, "ENOTSUP"}),
 }
 
 
