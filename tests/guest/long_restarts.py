@@ -8,6 +8,7 @@ the downtime and hardly more, since QEMU's connection waits in the socket. Where
 refused, and tries again after 1, 3, 7, ... seconds.
 """
 
+import os
 import shutil
 import signal
 import time
@@ -66,12 +67,20 @@ def restart(
     *,
     away_s: float = 0.0,
     fsyncs: int = FSYNCS_BETWEEN,
+    laden: bool = False,
 ) -> Restart:
-    """Let the guest write; end the server by a signal, start it again; let the guest go on."""
+    """Let the guest write; end the server by a signal, start it again; let the guest go on.
+
+    `laden`: the server gets the signal when it has not looked at requests for a while (SIGSTOP),
+    so that it finds some of each writer's at its end.
+    """
     began = time.monotonic()
     guest.wait_fsynced(fsyncs)
     told = time.monotonic()
     usual = guest.ledger.longest_silence(began, told)
+    if laden:
+        os.kill(server.pid, signal.SIGSTOP)
+        guest.wait_writing()
     status = server.end_by(number)
     assert status == (KILLED if number == signal.SIGKILL else 0), server.log.read_text()
     time.sleep(away_s)  # nobody serves for a while: that is what is tried out
@@ -98,7 +107,7 @@ def test_a_guest_sits_out_thirteen_restarts_with_every_fsynced_file_in_place(
             for number in range(13):
                 how = signal.SIGTERM if number < 10 else signal.SIGKILL
                 away_s = LONG_DOWNTIMES_S.get(number, 0.0)
-                restarts.append(restart(guest, server, how, away_s=away_s))
+                restarts.append(restart(guest, server, how, away_s=away_s, laden=number % 2 == 1))
                 print(f"{number + 1:4} {how.name}: {restarts[-1]}", flush=True)
             guest.wait_fsynced(FSYNCS_BETWEEN)
             guest.stop_writers()
@@ -136,7 +145,7 @@ def test_a_busy_guest_sits_out_restarts_with_many_requests_in_flight(
                 guest.start_writer(folder, 12, "256k")
             for number in range(10):
                 how = signal.SIGKILL if number % 3 == 2 else signal.SIGTERM
-                restarts.append(restart(guest, server, how, fsyncs=4))
+                restarts.append(restart(guest, server, how, fsyncs=4, laden=True))
                 print(f"{number + 1:4} {how.name}: {restarts[-1]}", flush=True)
             guest.wait_fsynced(4)
             guest.stop_writers()

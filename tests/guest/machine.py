@@ -204,6 +204,14 @@ class Guest:
         self.wait_until(reached, f"{more} more fsyncs", timeout_s)
         assert not self.ledger.failed, f"a writer or reader has failed\n{self.told()}"
 
+    def wait_writing(self) -> None:
+        """Wait until each writer is at work on a file, as all are when no fsync is answered."""
+        self.wait_until(
+            lambda: bool(self.ledger.failed) or len(self.ledger.writing) == len(self._writers),
+            "all writers at work",
+            COMMAND_TIMEOUT_S,
+        )
+
     def start_writer(self, folder: str, names: int, block: str = "4k") -> None:
         """Let a writer write files, each with fsync (scripts/writer); wait for its first."""
         self._writers.add(folder)

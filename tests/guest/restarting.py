@@ -13,7 +13,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -60,6 +60,12 @@ class OwnSocket:
         self._command += ["--state-dir", str(folder / "state")]
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int:
+        """The process id of the server that runs now."""
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         """Start it, and wait until it is ready."""
         with self.log.open("ab") as log_file:
@@ -80,6 +86,7 @@ class OwnSocket:
         """Send it a signal that ends it, and wait for that; its exit status as sh has it."""
         assert self._process is not None
         self._process.send_signal(number)
+        self._process.send_signal(signal.SIGCONT)  # it may have been stopped
         status = self._process.wait(STOP_TIMEOUT_S)
         return 128 - status if status < 0 else status
 
@@ -98,7 +105,7 @@ class HeldSocket:
         self.unix = folder / "f.sock"
         self.log = folder / "server.log"
         self._notices = _Notices(folder / "notify")
-        self._pid = 0
+        self.pid = 0
         self._supervisor = subprocess.Popen(
             [
                 *("systemd-socket-activate", "-l", str(self.unix)),
@@ -124,22 +131,24 @@ class HeldSocket:
         assert self._supervisor.stdout is not None
         self._supervisor.stdin.write(b"start\n")
         self._supervisor.stdin.flush()
-        self._pid = self._notices.wait_ready(self._supervisor.stdout, self.log)
+        self.pid = self._notices.wait_ready(self._supervisor.stdout, self.log)
 
     def end_by(self, number: signal.Signals) -> int:
         """Send it a signal that ends it, and wait for that; its exit status as sh has it."""
         assert self._supervisor.stdout is not None
-        os.kill(self._pid, number)
+        os.kill(self.pid, number)
+        with suppress(ProcessLookupError):  # its parent is quick
+            os.kill(self.pid, signal.SIGCONT)  # it may have been stopped
         readable, _, _ = select.select([self._supervisor.stdout], [], [], STOP_TIMEOUT_S)
         assert readable, f"the server did not stop:\n{self.log.read_text()}"
         word, status = self._supervisor.stdout.readline().split()
         assert word == b"ended"
-        self._pid = 0
+        self.pid = 0
         return int(status)
 
     def close(self) -> None:
         """End it by force, if it still runs, and give up the socket."""
-        if self._pid:
+        if self.pid:
             self.end_by(signal.SIGKILL)
         self._supervisor.kill()
         self._supervisor.wait()
