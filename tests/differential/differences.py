@@ -16,6 +16,7 @@ from tests.disks import KIB
 DIFFERENCES = (
     "length-zero",
     "write-past-end",
+    "fast-zero-copies",
     "write-to-backup",
     "zero-on-backup",
     "cache-on-backup",
@@ -51,6 +52,7 @@ OFFERS: dict[tuple[str, str], tuple[int, int]] = {
 ERRORS: dict[str, tuple[str, set[str | None]]] = {
     "length-zero": ("EINVAL", {None, "ENOTSUP"}),
     "write-past-end": ("ENOSPC", {"EINVAL"}),
+    "fast-zero-copies": ("ENOTSUP", {None}),
     "write-to-backup": ("EPERM", {"ENOTSUP"}),
     "zero-on-backup": ("EINVAL", {"ENOTSUP"}),
     "cache-on-backup": ("EINVAL", {None}),
@@ -105,7 +107,7 @@ def _about_requests(step: Step, truth: Truth) -> str | None:
         if "fua" in step.flags:
             return "fua-on-backup"
         return REFUSED_TO_BACKUP.get(step.request)
-    return None
+    return "fast-zero-copies" if truth.too_slow(step) else None
 
 
 def _only_we_released(cluster: int, truth: Truth) -> str:

@@ -133,7 +133,7 @@ def _draw_flags(dice: random.Random, side: str, request: str) -> tuple[str, ...]
     if request == "read":
         return ("df",) if dice.random() < 0.1 else ()
     if request == "zero":
-        return tuple(flag for flag in ("no-hole", "fua") if dice.random() < 0.2)
+        return tuple(flag for flag in ("no-hole", "fast", "fua") if dice.random() < 0.2)
     if request in ("write", "trim"):
         # A refused TRIM here would leave one side with less to read than the other.
         return ("fua",) if side == "guest" and dice.random() < 0.2 else ()

@@ -88,6 +88,7 @@ def test_parts_that_add_up_and_the_last_cluster_are_told_apart() -> None:
     [
         ("guest read 0 0", "EINVAL", None, "length-zero"),
         ("guest write end 1", "ENOSPC", "EINVAL", "write-past-end"),
+        ("guest zero 0 1 fast", "ENOTSUP", None, "fast-zero-copies"),
         ("backup write 0 1", "EPERM", "ENOTSUP", "write-to-backup"),
         ("backup zero 0 1", "EINVAL", "ENOTSUP", "zero-on-backup"),
         ("backup cache 0 1", "EINVAL", None, "cache-on-backup"),
@@ -102,6 +103,16 @@ def test_an_error_is_explained_by_its_request_alone(
     assert _explained(_step(text), Answer("EIO"), Answer(theirs), truth) == {"unexplained"}
     other = _step("guest trim 0 64k")
     assert _explained(other, Answer(ours), Answer(theirs), truth) == {"unexplained"}
+
+
+def test_a_fast_zero_that_has_nothing_to_copy_must_be_done() -> None:
+    truth = Truth(CONTENT)
+    zero = _step("guest zero 64k 64k fast")
+    assert _explained(zero, Answer("ENOTSUP"), Answer(), truth) == {"fast-zero-copies"}
+    for before in ("guest write 64k 1", "backup trim 64k 64k"):
+        truth = Truth(CONTENT)
+        truth.apply(_step(before))
+        assert _explained(zero, Answer("ENOTSUP"), Answer(), truth) == {"unexplained"}
 
 
 def test_a_status_that_says_hole_and_not_zero_is_not_explained() -> None:

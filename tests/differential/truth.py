@@ -1,6 +1,7 @@
 """What the right answers are: the disk's bytes, on both sides, and what was released where.
 
-A guest's TRIM leaves bytes that may read as before or as zero: `hazy`, until they are written.
+A guest's TRIM leaves bytes that may read as before or as zero: `hazy`, until they are written. So
+does a "fast zero" that one of the two refuses.
 Released clusters are kept for each server, because the rules differ where a TRIM covers parts of
 clusters, and why they differ there.
 """
@@ -19,8 +20,9 @@ class Truth:
         self.before = content
         self.now = bytearray(content)
         self.hazy = bytearray(self.size)
-        # Clusters that the guest has changed in any way.
+        # Clusters that the guest has changed in any way; those of which we have the old data.
         self.touched: set[int] = set()
+        self.copied: set[int] = set()
         # Clusters that a backup client can no longer read: from us, from QEMU.
         self.released: set[int] = set()
         self.released_by_qemu: set[int] = set()
@@ -32,15 +34,20 @@ class Truth:
             return
         span = slice(step.offset, step.end)
         if step.side == "guest":
-            if step.request in ("write", "zero"):
+            if self.too_slow(step) or step.request == "trim":
+                self.hazy[span] = b"\1" * step.length
+            elif step.request in ("write", "zero"):
+                self.copied.update(step.clusters)
                 self.now[span] = step.payload() if step.request == "write" else bytes(step.length)
                 self.hazy[span] = bytes(step.length)
-            elif step.request == "trim":
-                self.hazy[span] = b"\1" * step.length
             if step.request in ("write", "zero", "trim"):
                 self.touched.update(step.clusters)
         elif step.request == "trim":
             self._release(step)
+
+    def too_slow(self, step: Step) -> bool:
+        """Whether old data must be copied before a "fast zero": we refuse it, QEMU does it."""
+        return "fast" in step.flags and not self.copied.union(self.released) >= set(step.clusters)
 
     def wrong(self, step: Step, answer: Answer) -> str | None:
         """What is wrong with an answer's data or extents, if anything is. Errors are not judged."""
