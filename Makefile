@@ -16,7 +16,7 @@ TOOLS := .venv/.tools
 SEEDS ?= 200
 RUNS ?= 20
 
-.PHONY: help venv tools demo test lint format simulate interop differential stress bench-quick coverage clean
+.PHONY: help venv tools demo test lint format simulate interop differential stress guest bench-quick coverage clean
 
 help:  ## this text
 	@echo "fleecenbd - make targets:"
@@ -64,6 +64,9 @@ differential: $(if $(PEERS),,$(TOOLS))  ## scripts drawn from seeds to us and to
 
 stress: $(TOOLS)  ## fio with verify, two pulls, a trimmer and a killed client: RUNS=N
 	$(PYTHON) -m tests.e2e.stress --runs $(RUNS)
+
+guest: $(TOOLS)  ## a Linux guest on the guest export: backups, discards, restarts under it
+	$(PYTHON) -m pytest -s tests/guest/test_*.py tests/guest/long_*.py $(PYTEST)
 
 bench-quick: $(TOOLS)  ## a short paired run against qemu-storage-daemon
 	$(PYTHON) benchmarks/quick.py
