@@ -311,6 +311,8 @@ class BlockCopy:
         """Wait for the temp calls in flight, and punch what may hold space."""
         state = self._state
         first, end = request.first, request.end
+        # Until it has succeeded it has failed, whatever ends it.
+        request.error = OSError(errno.EIO, f"{state.name}: freeing temp space was cut off")
         try:
             while not state.dead and any(not other.ended for other in in_flight):
                 await state.trims.wait(first, end)
@@ -319,6 +321,7 @@ class BlockCopy:
                 high = charged.find(1, first, end, right=True) + 1
                 await state.target.trim(low << state.shift, (high - low) << state.shift)
                 state.uncharge(low, high)
+            request.error = None
         except OSError as error:
             request.error = OSError(
                 errno.EIO, f"{state.name}: temp space could not be freed: {error.strerror}"
