@@ -83,6 +83,7 @@ tools() {
     need qemu-system-common qemu-storage-daemon
     need qemu-system-x86 qemu-system-x86_64
     need nbdkit nbdkit
+    need systemd systemd-socket-activate
     need git git
     install_missing
     say "tools ready"
