@@ -78,7 +78,7 @@ debootstrap_once() {
     [ ! -e "$root.bare" ] || return 0
     mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' |
         grep -E '/debian/?$' | head -n 1)}
-    mirror=${mirror:-http://deb.debian.org/debian}
+    [ -n "$mirror" ] || fail "apt names no Debian mirror here: set DEBIAN_MIRROR"
     say "debootstrap $codename from $mirror (minutes)"
     rm -rf "$root"
     debootstrap --variant=minbase "$codename" "$root" "$mirror" >"$folder/debootstrap.log" ||

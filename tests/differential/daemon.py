@@ -5,6 +5,7 @@ image, snapshot-access over that, both exported.
 """
 
 import json
+import os
 import re
 import select
 import subprocess
@@ -67,7 +68,7 @@ class Daemon:
         while b"\n" not in self._unread:
             readable, _, _ = select.select([self._process.stdout], [], [], ANSWER_TIMEOUT_S)
             assert readable, f"qemu-storage-daemon says nothing:\n{self._log.read_text()}"
-            piece = self._process.stdout.read1(65536)
+            piece = os.read(self._process.stdout.fileno(), 65536)
             assert piece, f"qemu-storage-daemon has ended:\n{self._log.read_text()}"
             self._unread += piece
         line, _, self._unread = self._unread.partition(b"\n")
