@@ -109,6 +109,7 @@ async def test_a_client_that_reads_no_option_replies_is_not_read_either() -> Non
             await client.send(wire.option(3))
             await served.settled()
             sent += 1
+        assert connection.channel.read_paused
         for _ in range(sent):
             names = []
             while len(names) < 41:
@@ -143,7 +144,7 @@ async def test_disc_waits_for_what_is_in_flight() -> None:
         (await device.reached("write")).go()
         assert (await client.reply()).error == 0
         await served.settled()
-        assert await client.is_quiet()
+        assert client.is_quiet()
         (await device.reached("read")).go()
         assert (await client.reply()).data == pattern(SIZE)[512:1024]
         assert await client.ended() == b""

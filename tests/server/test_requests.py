@@ -176,7 +176,7 @@ async def test_fua_is_a_flush_after_the_write_and_before_the_reply(
         write.go()
         flush = await device.reached("flush")
         await served.settled()
-        assert await guest.is_quiet()
+        assert guest.is_quiet()
         flush.go()
         assert (await guest.reply()).error == 0
         assert device.log[-2:] == [f"{call} 4096+4096", "flush 0+0"]

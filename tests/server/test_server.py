@@ -147,11 +147,17 @@ async def test_a_guest_stays_connected_until_its_data_is_durable() -> None:
     async with room() as served:
         device = served.devices["vda"]
         guest = await served.client("vda")
-        await guest.write(0, b"d" * 512)
-        device.gate("flush")
+        device.gate("write", "flush")
+        await guest.post(wire.WRITE, 0, payload=b"d" * 512)
+        write = await device.reached("write")
         stopping = asyncio.ensure_future(stop(served))
+        await asyncio.sleep(0)
+        write.go()
         flush = await device.reached("flush")
-        assert await guest.is_quiet(), "and is not told anything"
+        assert (await guest.reply()).error == 0
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert guest.is_quiet(), "and is not told anything"
         flush.go()
         assert await guest.ended() == b""
         await stopping
@@ -207,7 +213,7 @@ async def test_a_stop_waits_for_writes_whose_guest_has_vanished() -> None:
         guest.vanish()
         await served.gone()
         stopping = asyncio.ensure_future(stop(served))
-        for _ in range(5):
+        for _ in range(50):
             await asyncio.sleep(0)
         assert device.log == ["write 0+512"]
         write.go()

@@ -163,7 +163,7 @@ async def test_finish_does_not_wait_for_a_temp_image_that_hangs() -> None:
         await guest.post(wire.WRITE, 0, payload=b"!" * 512)
         hung = await temp.reached("write")
         await served.settled()
-        assert await guest.is_quiet()
+        assert guest.is_quiet()
         served.server.finish("n")
         assert (await guest.reply()).error == 0, "no guest waits for a finished session"
         assert await backup.ended() == b""

@@ -129,7 +129,7 @@ async def test_a_write_that_waits_for_a_copy_is_a_predecessor_too() -> None:
         after = await served.client("vda")
         await after.post(wire.WRITE, 0, payload=NEW)
         await served.settled()
-        assert await after.is_quiet()
+        assert after.is_quiet()
         copy.go()
         assert (await after.reply()).error == 0
         assert served.devices["vda"].content[:512] == NEW
@@ -250,7 +250,7 @@ async def test_a_vanished_backups_reads_thaw() -> None:
         read = await device.reached("read")
         await guest.post(wire.WRITE, 0, payload=NEW)
         await served.settled()
-        assert await guest.is_quiet(), "the write waits for the frozen read"
+        assert guest.is_quiet(), "the write waits for the frozen read"
         connection = served.connection("vda@n")
         backup.vanish()
         await served.gone([connection])
