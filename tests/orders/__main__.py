@@ -1,0 +1,116 @@
+"""``python -m tests.orders``: explore every order of each scenario; replay one of them.
+
+Without options: the long set, where events come between any two callbacks of the loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from dataclasses import replace
+
+from tests.simulation import engine
+
+from . import planted
+from .choices import NotReplayable, parsed, written
+from .explorer import SECONDS_MAX, Exploration, explore, replay, shortest
+from .scenario import Scenario
+from .scenarios import SCENARIOS
+
+HEADER = (
+    f"{'scenario':27}{'states':>9}{'transitions':>13}{'runs':>9}{'orders':>10}{'depth':>7}{'s':>8}"
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.orders", description=__doc__)
+    parser.add_argument("--scenario", nargs="+", metavar="NAME", help="these scenarios alone")
+    parser.add_argument("--list", action="store_true", help="what scenarios there are")
+    parser.add_argument("--quick", action="store_true", help="as in make test: coarser, in seconds")
+    parser.add_argument("--limit", type=int, metavar="STATES", help="states per scenario, at most")
+    parser.add_argument("--seconds", type=float, default=SECONDS_MAX, help="per scenario, at most")
+    parser.add_argument("--replay", metavar="CHOICES", help="the trace of one run of --scenario")
+    parser.add_argument("--bug", metavar="NAME", help="with this planted bug in the engine")
+    parser.add_argument("--planted", action="store_true", help="hunt every planted bug; a table")
+    options = parser.parse_args(arguments)
+    logging.disable(logging.CRITICAL)
+    chosen = [s for s in SCENARIOS if not options.scenario or s.name in options.scenario]
+    if options.scenario and len(chosen) < len(options.scenario):
+        parser.error(f"--scenario takes names of: {' '.join(s.name for s in SCENARIOS)}")
+    if options.quick:
+        chosen = [s for s in chosen if s.quick or options.scenario]
+    else:
+        chosen = [replace(scenario, every_step=True) for scenario in chosen]
+    if options.list:
+        for scenario in chosen:
+            print(f"{scenario.name:27}{scenario.about}")
+        return 0
+    if options.planted:
+        return planted.table(options.limit or planted.STATES_MAX)
+    under_test = planted.planted(options.bug) if options.bug else engine.real()
+    if options.replay is not None:
+        if len(chosen) != 1:
+            parser.error("--replay is of one --scenario")
+        return show(chosen[0], options.replay, under_test)
+    return run(chosen, under_test, options.limit, options.seconds)
+
+
+def show(scenario: Scenario, choices: str, under_test: engine.Engine) -> int:
+    """Print the trace of one run."""
+    try:
+        trace, violation = replay(scenario, parsed(choices), under_test)
+    except (NotReplayable, ValueError) as error:
+        print(f"these are not choices of {scenario.name}: {error}")
+        return 2
+    print(*trace, sep="\n")
+    if violation is None:
+        print("no violation")
+    return 1 if violation else 0
+
+
+def run(
+    scenarios: list[Scenario], under_test: engine.Engine, limit: int | None, seconds: float
+) -> int:
+    """Explore the scenarios, a line each; the shortest trace of what is found."""
+    print(HEADER, flush=True)
+    found = 0
+    sums = [0, 0, 0, 0.0]
+    for scenario in scenarios:
+        result = explore(scenario, under_test, states_max=limit, seconds_max=seconds)
+        print(line(result), flush=True)
+        sums[0] += result.states
+        sums[1] += result.transitions
+        sums[2] += result.runs
+        sums[3] += result.spent_s
+        if result.violation is not None:
+            found += 1
+            tell(result, under_test)
+    print(f"{len(scenarios):<27}{sums[0]:9,}{sums[1]:13,}{sums[2]:9,}{'':17}{sums[3]:8.1f}")
+    return 1 if found else 0
+
+
+def line(result: Exploration) -> str:
+    """A row of the table."""
+    orders = f"{result.orders:.3g}" if result.complete else "cut off"
+    return (
+        f"{result.scenario.name:27}{result.states:9,}{result.transitions:13,}{result.runs:9,}"
+        f"{orders:>10}{result.depth_max:7}{result.spent_s:8.1f}"
+    )
+
+
+def tell(result: Exploration, under_test: engine.Engine) -> None:
+    """What was found, with the shortest trace that shows a violation."""
+    scenario = result.scenario
+    short = shortest(scenario, under_test)
+    if short.violation is not None:
+        result = short
+    trace, _ = replay(scenario, result.choices, under_test)
+    print(f"    {result.violation}")
+    print(*(f"      {text}" for text in trace), sep="\n")
+    quick = "" if scenario.every_step else " --quick"
+    print(f"    replay: --scenario {scenario.name}{quick} --replay '{written(result.choices)}'")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""Every order is a net that holds: planted bugs that it catches, the quickest of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from .explorer import explore
+from .planted import BUGS, ORDERS_ONLY, planted
+from .scenarios import SCENARIOS
+
+BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
+QUICKEST = (
+    ("a guest does not wait for frozen reads", "write_read_trim", "T0"),
+    ("the timer does not cover the wait for frozen reads", "hung_frozen", "L"),
+    ("a timeout makes the clusters dirty again", "timeout_guest", "B"),
+    ("a guest write in one step ignores copies in flight", "now_and_frozen", "T0"),
+    ("a release does not wake those who wait for a read of a wider range", "hung_frozen_wide", "L"),
+    ("a break or finish wakes nobody", "copies_queue", "L"),
+    ("a claim leaves the copy bits set", "write_read_trim", "B"),
+    ("temp_limit is given back before the punch", "punch_fails", "S"),
+    ("a read does not look again before its reply", "write_read_trim", "T0"),
+    ("block status is not frozen", "stat", "T0"),
+    ("block status does not look at access again", "stat_trim", "T0"),
+)
+
+
+@pytest.mark.parametrize(("bug", "scenario", "checker"), QUICKEST)
+def test_a_planted_bug_is_caught_by_enumeration(bug: str, scenario: str, checker: str) -> None:
+    result = explore(BY_NAME[scenario], planted(bug))
+    assert result.violation is not None, f"not caught in {result.states} states"
+    assert result.violation.startswith(f"{checker}:"), result.violation
+
+
+def test_the_bugs_have_names_of_their_own_and_can_all_be_planted() -> None:
+    assert len({bug.name for bug in BUGS}) == len(BUGS)
+    for bug in ORDERS_ONLY:
+        assert planted(bug.name).disk is not None

@@ -1,0 +1,442 @@
+"""One run of a scenario: the real engine, simulated devices and checkers, and a list of choices.
+
+Between two callbacks of the loop, one of these comes, whichever the run chooses:
+
+    run     the callback that has been ready for longest
+    piece   a device call lands its next piece                 (only when nobody is ready: a piece
+                                                               that does not end its call is seen
+                                                               by nobody before)
+    end     a device call lands its last piece and ends, or fails and leaves garbage
+    time    passes until the next timer, which fires
+    begin   an actor makes its next step
+
+A real loop has the same freedom: whatever comes from outside is queued behind what was ready when
+it came, and before what becomes ready later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from asyncio import events
+from collections.abc import Callable
+from typing import Any
+
+from tests.simulation import engine, requests
+from tests.simulation.calls import CHANGES, REQUEST, Call, Profile
+from tests.simulation.checkers import Checkers, Violation
+from tests.simulation.history import History
+from tests.simulation.loop import Spinning
+from tests.simulation.plan import DiskPlan, SessionPlan
+from tests.simulation.waits import WaitChecker
+from tests.simulation.watch import FleeceWatch
+from tests.simulation.world import SimDisk, World
+
+from .choices import Choices
+from .devices import ACTOR, OrderDevice
+from .loop import OrderLoop
+from .scenario import ALWAYS, CLUSTER, EITHER, Scenario, Session, Step
+
+STEPS_MAX = 5_000
+"""Events of one run; more means that somebody is spinning."""
+
+Event = tuple[str, Callable[[], None]]
+"""(what it is, what it does)."""
+Observer = Callable[["OrderWorld"], bool]
+"""Called wherever there is a choice between events; False ends the run here."""
+
+
+class Actor:
+    """How far somebody has come in their list of steps."""
+
+    def __init__(self, name: str, steps: tuple[Step, ...]) -> None:
+        self.name = name
+        self.steps = steps
+        self.made = 0
+        self.task: asyncio.Task[Any] | None = None
+        self.answers: list[object] = []
+
+    @property
+    def busy(self) -> bool:
+        return self.task is not None and not self.task.done()
+
+
+class _Middle:
+    """Stands for the random numbers of a request's details: never the rare case."""
+
+    def __init__(self) -> None:
+        self.fast = False
+
+    def random(self) -> float:
+        return 0.1 if self.fast else 0.5
+
+
+class OrderCheckers(Checkers):
+    """The simulation's checkers, exact about the step in which an active write starts.
+
+    The engine counts an active write in the step that starts it; its device call begins when the
+    task made for it has its turn. Where events come between any two callbacks, an arming can begin
+    to hold the guests in between: it waits for the counted write as for any other.
+    """
+
+    def __init__(self, world: OrderWorld) -> None:
+        super().__init__(world)
+        self.counted: dict[str, int] = {}
+        """By disk: writes counted before the arming's hold whose calls have not begun."""
+
+    def held(self, disk: SimDisk) -> None:
+        """An arming holds the disk's guests from now on."""
+        begun = sum(call.kind in CHANGES for call in disk.device.calls)
+        self.counted[disk.name] = disk.engine_disk.active_writes - begun
+
+    def call_began(self, device: Any, call: Call) -> None:
+        disk = self.world.disk_of.get(device)
+        if disk is None or call.kind not in CHANGES or not self.counted.get(disk.name):
+            super().call_began(device, call)
+            return
+        self.counted[disk.name] -= 1
+        holds, disk.holds = disk.holds, 0
+        super().call_began(device, call)
+        disk.holds = holds
+
+
+class OrderWorld(World):
+    """What a World is to checkers and requests, with choices where that one has a seed."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        under_test: engine.Engine,
+        choices: Choices,
+        *,
+        tracing: bool = False,
+    ) -> None:
+        # Not World's own: that one draws a plan from a seed.
+        self.scenario = scenario
+        self.engine = under_test
+        self.choices = choices
+        self.tracing = tracing
+        self.trace: list[str] = []
+        self.found: str | None = None
+        self.failures_left = scenario.failures
+        self.loop = OrderLoop()
+        self.rng = _Middle()
+        self.checkers = OrderCheckers(self)
+        self.met = self.checkers.met
+        self.devices: list[OrderDevice] = []
+        self.plan_of_temp = {}
+        self.clients_pending = []
+        self.armings_pending = []
+        self.sessions: dict[str, Any] = {}
+        self.plans = {session.name: self._plan(session) for session in scenario.sessions}
+        self.timer_fired = False
+        """Since nobody was ready."""
+        self._moment = 0
+        self._preparing = True
+        self._waits = WaitChecker(self)
+        self.disks = [self._make_disk(number) for number in range(len(scenario.disks))]
+        self.disk_of = {disk.device: disk for disk in self.disks}
+        self.actors = [Actor(name, steps) for name, steps in scenario.actors.items()]
+
+    # the world's parts
+
+    def _make_disk(self, number: int) -> SimDisk:  # type: ignore[override]
+        scenario = self.scenario
+        name = scenario.disks[number]
+        size = int(scenario.clusters * CLUSTER)
+        content = bytearray(size)
+        half = CLUSTER // 2
+        for offset in range(0, size, half):
+            if offset // CLUSTER not in scenario.zeroes:
+                end = min(size, offset + half)
+                content[offset:end] = bytes([0x40 + number * 16 + offset // half]) * (end - offset)
+        device = OrderDevice(self, name, size, content=bytes(content))
+        self.devices.append(device)
+        plan = DiskPlan(name, size, CLUSTER, bytes(content), Profile(), 0, 0, 0, 0.0, 0.0)
+        disk = self.engine.disk(name, device)
+        return SimDisk(plan, device, disk, History(bytes(content)), self.loop)
+
+    def _plan(self, session: Session) -> SessionPlan:
+        return SessionPlan(
+            name=session.name,
+            disks=tuple(self.scenario.disks.index(disk) for disk in session.disks),
+            arms_at_s=0.0,
+            lives_s=None,
+            finish_failed=False,
+            on_cbw_error=session.policy,
+            cbw_timeout_s=session.timeout_s,
+            temp_limit_clusters=session.limit,
+            cluster_size=CLUSTER,
+            temp_profile=Profile(),
+            make_temp_fails=False,
+            deadline_s=session.deadline_s,
+            pulls=0,
+            pull_trims=0.0,
+            trimmers=0,
+            mappers=0,
+            vanish_chance=0.0,
+        )
+
+    def make_temp(self, plan: SessionPlan, engine_disk: Any, cluster_size: int) -> OrderDevice:  # type: ignore[override]
+        size = -(-engine_disk.size // cluster_size) * cluster_size
+        temp = OrderDevice(self, f"temp {engine_disk.name}@{plan.name}", size, is_temp=True)
+        self.devices.append(temp)
+        self.plan_of_temp[temp] = plan
+        return temp
+
+    def watch(self, step: Step) -> FleeceWatch | None:
+        """What the checkers know about the fleece that a step is for; None: not armed (yet)."""
+        name = f"{step.disk}@{step.of}"
+        return next((watch for watch in self.checkers.watches if watch.name == name), None)
+
+    # what requests and checkers ask for
+
+    def tick(self) -> int:
+        self._moment += 1
+        return self._moment
+
+    def tries_now(self) -> bool:
+        return self.scenario.now != "never"
+
+    def answers_now(self, device: OrderDevice) -> bool:
+        """Does the device answer a ``*_now`` at once?"""
+        if self.scenario.now != EITHER or self._preparing:
+            return self.scenario.now == ALWAYS
+        answer = self.choices.choose(2) == 1
+        self.log(f"    {device.name}: {'now' if answer else 'later'}")
+        return answer
+
+    def react(self, device: Any, call: Call) -> None:
+        """Nobody reacts: actors act whenever they are chosen."""
+
+    def log(self, text: str) -> None:
+        if self.tracing:
+            self.trace.append(text)
+
+    # what may come next
+
+    def events(self) -> list[Event]:
+        """All that may come next; an order of events is a way through these lists."""
+        loop = self.loop
+        found: list[Event] = []
+        quiet = not loop.ready()
+        if quiet:
+            self.timer_fired = False
+        else:
+            found.append(("run", loop.run_next))
+            if not self.scenario.every_step:
+                return found
+        for device in self.devices:
+            for call in device.calls:
+                advance = loop.completions.get(call)
+                if advance is None:
+                    continue
+                if quiet or device.is_last(call):
+                    found.append(("device", lambda c=call, a=advance: self._advance(c, a)))
+                if device.can_fail(call):
+                    found.append(("failure", lambda d=device, c=call: self._fail(d, c)))
+        for actor in self.actors:
+            if self._may_begin(actor):
+                found.append(("begin", lambda a=actor: self._begin(a)))
+        timer = loop.next_timer()
+        if timer is not None and (quiet or self._may_pass(timer)):
+            found.append(("time", self._let_time_pass))
+        return found
+
+    def _may_pass(self, timer: asyncio.TimerHandle) -> bool:
+        """While callbacks are ready a timer may just be due, but no later one after it."""
+        return not self.timer_fired or timer.when() == self.loop.time()
+
+    def _advance(self, call: Call, advance: Callable[..., object]) -> None:
+        del self.loop.completions[call]
+        advance(call)
+
+    def _fail(self, device: OrderDevice, call: Call) -> None:
+        del self.loop.completions[call]
+        device.fail(call)
+
+    def _let_time_pass(self) -> None:
+        self.loop.let_time_pass()
+        self.timer_fired = True
+        self.log(f"time passes: {self.loop.time():g} s")
+
+    def _may_begin(self, actor: Actor) -> bool:
+        if actor.busy or actor.made == len(actor.steps):
+            return False
+        step = actor.steps[actor.made]
+        if step.kind == "cancel":
+            return any(other.name == step.of and other.busy for other in self.actors)
+        if step.kind == "finish":
+            return step.of in self.sessions
+        if step.kind in ("read", "status", "release"):
+            return self.watch(step) is not None
+        return True
+
+    def _begin(self, actor: Actor) -> None:
+        step = actor.steps[actor.made]
+        actor.made += 1
+        self.log(f"{actor.name}: {step}")
+        if step.kind == "finish":
+            self.sessions[step.of].finish()
+        elif step.kind == "cancel":
+            other = next(other for other in self.actors if other.name == step.of)
+            assert other.task is not None
+            other.task.cancel()
+        else:
+            token = ACTOR.set(actor.name)
+            actor.task = self.loop.start(self._make(actor, step), actor.name)
+            ACTOR.reset(token)
+
+    async def _make(self, actor: Actor, step: Step) -> None:
+        try:
+            actor.answers.append(await self._request(actor, step))
+        except asyncio.CancelledError:
+            # The guest that sent it is gone: its request waits for nobody's sake any more.
+            for disk in self.disks:
+                disk.pending[:] = [r for r in disk.pending if r is not REQUEST.get()]
+            raise
+
+    async def _request(self, actor: Actor, step: Step) -> object:
+        offset, length = int(step.first * CLUSTER), int(step.count * CLUSTER)
+        if step.kind == "arm":
+            return await self._arm(step.of)
+        disk = next(disk for disk in self.disks if disk.name == step.disk)
+        length = min(length, disk.size - offset)
+        if step.kind in ("write", "zero", "discard"):
+            kind = "trim" if step.kind == "discard" else step.kind
+            self.rng.fast = step.fast
+            data = bytes([self._fill(actor)]) * length if kind == "write" else None
+            await requests.guest_change(self, disk, kind, offset, length, data)
+            return REQUEST.get().failed  # type: ignore[union-attr]
+        if step.kind == "look":
+            return await requests.guest_read(self, disk, offset, length)
+        watch = self.watch(step)
+        assert watch is not None
+        if step.kind == "read":
+            return await requests.client_read(self, watch, offset, length) is not None
+        if step.kind == "status":
+            return await requests.client_status(self, watch, offset, length)
+        assert step.kind == "release", f"no such step: {step.kind}"
+        return await requests.client_trim(self, watch, offset, length)
+
+    def _fill(self, actor: Actor) -> int:
+        return 0x80 + 8 * self.actors.index(actor) + actor.made if actor in self.actors else 0x7F
+
+    async def _arm(self, name: str) -> bool:
+        plan = self.plans[name]
+        disks = [self.disks[index] for index in plan.disks]
+        temps: list[OrderDevice] = []
+
+        async def make_temp(engine_disk: Any, cluster_size: int) -> OrderDevice:
+            temps.append(self.make_temp(plan, engine_disk, cluster_size))
+            if len(temps) == len(disks):
+                # In this very step the engine begins to hold the guests.
+                self.armings_pending.append(plan)
+                for disk in disks:
+                    disk.hold()
+                    self.checkers.held(disk)
+            return temps[-1]
+
+        began = self.loop.time()
+        try:
+            self.sessions[name] = await self.arm(plan, disks, make_temp)
+        except OSError as error:
+            self._check_arming_failed(plan, temps, error, self.loop.time() - began)
+            return False
+        finally:
+            self.armings_pending.remove(plan)
+            for disk in disks:
+                disk.release_hold()
+                self.checkers.counted.pop(disk.name, None)
+        self.checkers.after_step()
+        return True
+
+    def _check_arming_failed(
+        self, plan: SessionPlan, temps: list[OrderDevice], error: OSError, spent_s: float
+    ) -> None:
+        self.log(f"arming {plan.name} failed: {error}")
+        if error.errno != errno.ETIMEDOUT or spent_s < plan.deadline_s:
+            self.stop_with(f"X: arming {plan.name} failed without a cause: {error}")
+        if any(not temp.closed for temp in temps):
+            self.stop_with(f"S: arming {plan.name} failed and left a temp image open")
+        if any(fleece.temp in temps for disk in self.disks for fleece in disk.engine_disk.fleeces):
+            self.stop_with(f"B: arming {plan.name} failed and left a fleece installed")
+
+    # the run
+
+    def run_order(self, observer: Observer) -> bool:
+        """Run to the end, or to where the observer ends it. True: it came to its end.
+
+        What a checker found is in ``found`` then.
+        """
+        previous = events._get_running_loop()
+        events._set_running_loop(self.loop)
+        try:
+            with self.engine.with_limits(self.scenario.limits):
+                self._prepare()
+                return self._run(observer)
+        except Violation as violation:
+            self.found = self.found or str(violation)
+        except Spinning as spinning:
+            self.found = f"L: {spinning}"
+        finally:
+            events._set_running_loop(previous)
+            self.loop.cancel_everything()
+        return True
+
+    def _run(self, observer: Observer) -> bool:
+        choices = self.choices
+        while True:
+            possible = self.events()
+            if not possible:
+                break
+            if not choices.replaying:
+                if not self.loop.ready():
+                    self._waits.on_quiet()
+                if len(possible) > 1 and not observer(self):
+                    return False
+            possible[choices.choose(len(possible))][1]()
+            self._after_event()
+        self._waits.on_quiet()
+        self.checkers.at_end()
+        self._check_actors_at_end()
+        return True
+
+    def _prepare(self) -> None:
+        """Arm the sessions, make the first steps, each to its end, in the order written."""
+        for session in self.scenario.sessions:
+            if session.armed:
+                self._to_its_end(Actor("prepare", (Step("arm", of=session.name),)))
+        for step in self.scenario.prepare:
+            self._to_its_end(Actor("prepare", (step,)))
+        self._preparing = False
+        self.trace.clear()
+
+    def _to_its_end(self, actor: Actor) -> None:
+        self._begin(actor)
+        while possible := [e for e in self.events() if e[0] in ("run", "device")]:
+            possible[0][1]()
+            self._after_event()
+        assert not actor.busy, f"{actor.steps[0]} does not come to its end"
+
+    def _after_event(self) -> None:
+        if self.loop.steps > STEPS_MAX:
+            raise Spinning(f"{STEPS_MAX} steps; waiting: {self.loop.who_waits()}")
+        if self.found is not None:
+            raise Violation(self.found)
+        if self.loop.failures:
+            self.stop_with(f"X: a callback failed: {self.loop.failures[0]!r}")
+        self.checkers.after_step()
+        for actor in self.actors:
+            task = actor.task
+            if task is not None and task.done() and not task.cancelled():
+                failure = task.exception()
+                if failure is not None:
+                    raise Violation(f"X: {actor.name} failed: {failure!r}")
+
+    def _check_actors_at_end(self) -> None:
+        """Without a call that hangs for ever, everybody has come to their end."""
+        if any(device.calls for device in self.devices):
+            return
+        if any(not task.done() for task in self.loop.tasks):
+            self.stop_with(f"L: tasks are left over: {self.loop.who_waits()}")
