@@ -16,7 +16,7 @@ TOOLS := .venv/.tools
 SEEDS ?= 200
 RUNS ?= 20
 
-.PHONY: help venv tools demo test lint format simulate interop differential stress guest bench-quick coverage clean
+.PHONY: help venv tools demo test lint format simulate explore interop differential stress guest bench-quick coverage clean
 
 help:  ## this text
 	@echo "fleecenbd - make targets:"
@@ -55,6 +55,9 @@ format: $(READY)  ## let ruff format the code and sort the imports
 
 simulate: $(READY)  ## seeded runs of the engine against its checkers: SEEDS=N, or one SEED=n with a trace
 	$(PYTHON) -m tests.simulation $(if $(SEED),--seed $(SEED) --trace,--seeds $(SEEDS))
+
+explore: $(READY)  ## every order of events, the long set; ORDERS='--scenario NAME' for one of them
+	$(PYTHON) -m tests.orders $(ORDERS)
 
 interop: $(if $(PEERS),,$(TOOLS))  ## only the tests with other people's NBD clients; PEERS=trixie: Debian 13's
 	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m pytest tests/interop tests/differential tests/peers $(PYTEST)
