@@ -37,6 +37,7 @@ import errno
 import os
 import resource
 import stat
+import threading
 from time import monotonic
 from typing import Any, Protocol
 
@@ -121,6 +122,9 @@ class FileDevice:
         self._descriptor = descriptor
         self._pool = ThreadPool(name, role, size_max=threads_max)
         self._space = Space(descriptor, name)
+        self._flush_lock = threading.Lock()
+        # Under the lock (the count may be read without it):
+        self._flush_count = 0  # calls of fdatasync that have begun
         self._flush_error: tuple[int | None, str | None] | None = None
         self._write_inline_from = 0.0  # time of monotonic(): the pool has the writes until then
 
@@ -302,21 +306,27 @@ class FileDevice:
     async def flush(self) -> None:
         """fdatasync.
 
-        Once it has failed, it fails for good: the kernel reports a lost write once, then forgets
-        it, and the next fdatasync would be a lie.
+        Once it has failed, it fails for good: the kernel reports a lost write once per open
+        file, then forgets it, and the next fdatasync would be a lie. So would be one that is in
+        flight beside the one that fails: there is one at a time.
         """
         if self.read_only:
             return
         await self._pool.run(self._flush, self._descriptor)
 
     def _flush(self, descriptor: int) -> None:
-        if self._flush_error is None:
-            try:
-                os.fdatasync(descriptor)
-                return
-            except OSError as error:
-                self._flush_error = (error.errno, error.strerror)
-        number, text = self._flush_error
+        count = self._flush_count
+        with self._flush_lock:
+            if self._flush_error is None:
+                if self._flush_count > count:
+                    return  # one that began after this was asked for has ended well
+                self._flush_count += 1
+                try:
+                    os.fdatasync(descriptor)
+                    return
+                except OSError as error:
+                    self._flush_error = (error.errno, error.strerror)
+            number, text = self._flush_error
         raise OSError(
             number,
             f"{text}: data was lost on its way to the disk; check the disk, and the image, "

@@ -337,6 +337,72 @@ async def test_a_flush_that_failed_fails_for_good(
     device.close()
 
 
+class WritebackErrors:
+    """fdatasync as the kernel has it: it waits, and a lost write is told to one caller only."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, lost: bool) -> None:
+        self.calls = 0
+        self.entered = threading.Semaphore(0)
+        self.open = threading.Event()
+        self._lock = threading.Lock()
+        self._lost = lost
+        monkeypatch.setattr(os, "fdatasync", self)
+
+    def __call__(self, descriptor: int) -> None:
+        with self._lock:
+            self.calls += 1
+        self.entered.release()
+        assert self.open.wait(10)
+        with self._lock:
+            lost, self._lost = self._lost, False
+        if lost:
+            raise OSError(errno.EIO, "Input/output error")
+
+
+async def test_a_lost_write_fails_every_flush_that_is_in_flight(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = WritebackErrors(monkeypatch, lost=True)
+    device = opened(image, Medium.SLOW)
+    flushes = [asyncio.ensure_future(device.flush()) for _ in range(3)]
+    await asyncio.to_thread(kernel.entered.acquire, True, 10)
+    # Where another one may be in flight beside it, it is given the time to be.
+    await asyncio.to_thread(kernel.entered.acquire, True, 0.1)
+    kernel.open.set()
+    results = await asyncio.gather(*flushes, return_exceptions=True)
+    assert ["data was lost" in str(result) for result in results] == [True] * 3
+    device.close()
+
+
+async def test_flushes_that_wait_for_another_share_the_next_one(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = WritebackErrors(monkeypatch, lost=False)
+    device = opened(image, Medium.SLOW)
+    waiting = threading.Semaphore(0)
+    flush_lock = device._flush_lock
+
+    class Watched:
+        def __enter__(self) -> None:
+            waiting.release()
+            flush_lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            flush_lock.release()
+
+    monkeypatch.setattr(device, "_flush_lock", Watched())
+    flushes = [asyncio.ensure_future(device.flush())]
+    await asyncio.to_thread(kernel.entered.acquire, True, 10)
+    flushes += [asyncio.ensure_future(device.flush()) for _ in range(5)]
+    for _ in range(6):
+        await asyncio.to_thread(waiting.acquire, True, 10)
+    kernel.open.set()
+    await asyncio.gather(*flushes)
+    # Not the first one, which began before they were asked for: what they are about may be later.
+    assert kernel.calls == 2
+    device.close()
+
+
 # Opening
 
 
