@@ -11,7 +11,7 @@ cancelled from outside: its device call goes on whatever happens, and its cluste
 until the call has ended. A copy whose clusters have all lost ``access`` simply ends at its next
 step.
 
-Copies have slots of their own (``COPIES_MAX`` of at most ``COPY_LENGTH_MAX`` bytes each), which no
+Copies have slots of their own (``COPIES_MAX``, of ``COPIES_LENGTH_MAX`` bytes in all), which no
 guest write holds. A copy that waits for a slot has no task yet, so a hung temp image cannot pile
 up tasks behind it.
 """
@@ -31,8 +31,12 @@ logger = logging.getLogger(__name__)
 
 COPY_LENGTH_MAX = 1 << 20
 """Bytes. Neighbouring clusters are copied in one go up to this."""
+COPY_NOW_LENGTH_MAX = 256 << 10
+"""Bytes. A longer copy is not made in one step: it would keep the loop from everybody else."""
 COPIES_MAX = 16
-"""Copies of one fleece that hold a buffer at the same time."""
+"""Copies of one fleece that hold a buffer at the same time,"""
+COPIES_LENGTH_MAX = 16 << 20
+"""and bytes of their buffers, where a cluster is longer than a copy otherwise is."""
 QUEUED_MAX = 64
 """Copies that wait for a slot before those that have been released are looked for."""
 
@@ -45,6 +49,9 @@ class BlockCopy:
     def __init__(self, state: FleeceState) -> None:
         self._state = state
         self._claim_clusters_max = max(1, COPY_LENGTH_MAX >> state.shift)
+        self._now_clusters_max = COPY_NOW_LENGTH_MAX >> state.shift
+        self._copies_max = max(1, min(COPIES_MAX, COPIES_LENGTH_MAX // state.cluster_size))
+        self._scan_above = QUEUED_MAX
         self._queued: deque[Copy] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._releases: set[asyncio.Task[None]] = set()
@@ -84,7 +91,7 @@ class BlockCopy:
             stop = bits.find(0, first, end)
             if stop < 0:
                 stop = end
-            if stop - first > self._claim_clusters_max:
+            if stop - first > self._now_clusters_max:
                 return False
             offset = first << shift
             length = (stop << shift) - offset
@@ -152,7 +159,7 @@ class BlockCopy:
 
     def _start_queued(self) -> None:
         access = self._state.access.bits
-        if len(self._queued) > QUEUED_MAX:
+        if len(self._queued) > self._scan_above:
             # Behind a temp image that hangs, what has been released must not pile up.
             queued = list(self._queued)
             self._queued.clear()
@@ -161,7 +168,8 @@ class BlockCopy:
                     self._end(copy, None)
                 else:
                     self._queued.append(copy)
-        while self._queued and len(self._tasks) < COPIES_MAX:
+            self._scan_above = max(QUEUED_MAX, 2 * len(self._queued))
+        while self._queued and len(self._tasks) < self._copies_max:
             copy = self._queued.popleft()
             if access.find(1, copy.first, copy.end) < 0:
                 self._end(copy, None)

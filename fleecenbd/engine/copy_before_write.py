@@ -54,9 +54,9 @@ class CopyBeforeWrite:
         try:
             claimed: list[Copy] = []
             while not state.dead:
-                claimed += self._block_copy.claim(first, end)
                 if self._failed(claimed):
                     return
+                claimed += self._block_copy.claim(first, end)
                 if not state.copy_in_flight(first, end):
                     break
                 if deadline is not None and loop.time() >= deadline:
@@ -90,6 +90,8 @@ class CopyBeforeWrite:
         for copy in claimed:
             if copy.error is not None and state.access.bits.find(1, copy.first, copy.end) >= 0:
                 cause = copy.error.strerror or str(copy.error)
+                if copy.error.filename is not None:
+                    cause = f"{copy.error.filename}: {cause}"
                 if state.on_cbw_error == BREAK_GUEST_WRITE:
                     raise OSError(errno.EIO, f"{state.name}: old data could not be copied: {cause}")
                 state.break_session(f"old data could not be copied: {cause}")

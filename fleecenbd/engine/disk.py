@@ -99,6 +99,7 @@ class Disk:
         parts may have been discarded already.
         """
         for piece in _pieces(offset, length):
+            await asyncio.sleep(0)  # a piece in which nothing can go awaits nothing else
             for start, run in self._trimmable(*piece):
                 try:
                     await self._before_write([(start, run)])

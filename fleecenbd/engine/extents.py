@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+import asyncio
+from collections.abc import Awaitable, Callable
 
 from fleecenbd.storage.device import Extent
 
@@ -32,6 +33,8 @@ async def windowed_status(
 ) -> list[Extent]:
     """``status(offset, length)`` of growing windows, joined until there are extents enough.
 
+    ``status`` may tell about less than it is asked for: the answer ends there.
+
     A client may ask about 2 GiB, or a whole disk, only to look at the first extent: without
     windows each of its requests would map the rest again. ``one``: the first extent only.
     """
@@ -40,37 +43,14 @@ async def windowed_status(
     extents: list[Extent] = []
     while offset < stop:
         part = min(window, stop - offset)
-        for extent in await status(offset, part):
-            append_extent(extents, *extent)
+        told = 0
+        for run, flags in await status(offset, part):
+            append_extent(extents, run, flags)
+            told += run
         offset += part
-        if len(extents) > (1 if one else STATUS_EXTENTS_MAX):
+        if told < part or len(extents) > (1 if one else STATUS_EXTENTS_MAX):
             break
+        # A window that asked no device has awaited nothing: others must have their turn.
+        await asyncio.sleep(0)
         window = min(window * 2, STATUS_WINDOW_MAX)
     return extents[:1] if one else extents
-
-
-class ExtentCursor:
-    """Cuts pieces, in rising order, out of a device's extents that begin at ``offset``."""
-
-    def __init__(self, offset: int, extents: list[Extent]) -> None:
-        self._position = offset
-        self._extents = iter(extents)
-        self._left = 0
-        self._flags = 0
-
-    def cut(self, start: int, stop: int) -> Iterator[Extent]:
-        """The extents of ``[start, stop)``. The device must have answered for all of it."""
-        while start < stop:
-            if self._left == 0:
-                self._left, self._flags = next(self._extents)
-                continue
-            if self._position < start:
-                skip = min(self._left, start - self._position)
-                self._position += skip
-                self._left -= skip
-                continue
-            length = min(self._left, stop - start)
-            yield length, self._flags
-            start += length
-            self._position += length
-            self._left -= length

@@ -19,14 +19,12 @@ BLOCK_STATUS never asks the temp image: where ``charged`` is clear it holds noth
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
 from bitarray import bitarray
 
 from fleecenbd.engine.block_copy import BlockCopy
 from fleecenbd.engine.extents import (
     STATUS_EXTENTS_MAX,
-    ExtentCursor,
     append_extent,
     windowed_status,
 )
@@ -177,14 +175,16 @@ class SnapshotAccess:
         Elsewhere the active image's answer was given under freeze, so it is that of arming.
         """
         access = self._state.access
-        length = sum(run for run, _ in extents)
-        if access.all(offset, length):
-            return extents
-        cursor = ExtentCursor(offset, extents)
         answer: list[Extent] = []
-        for start, run, readable in access.runs(offset, length):
-            for part, flags in cursor.cut(start, start + run):
-                append_extent(answer, part, flags if readable else _DATA)
+        for length, flags in extents:
+            if flags == _DATA or access.all(offset, length):
+                append_extent(answer, length, flags)
+            else:
+                for _, run, readable in access.runs(offset, length):
+                    append_extent(answer, run, flags if readable else _DATA)
+                    if len(answer) > STATUS_EXTENTS_MAX:
+                        return answer
+            offset += length
         return answer
 
     async def _window_status(self, offset: int, length: int) -> list[Extent]:
@@ -200,7 +200,7 @@ class SnapshotAccess:
         empty_in_temp = known & ~asked & ~state.charged.bits[first:end]
         low = asked.find(1)
         source_extents: list[Extent] = []
-        source_offset = offset
+        high = source_offset = source_stop = -1
         if low >= 0:
             # The span from the first to the last cluster asked about, in one call.
             high = asked.find(1, right=True) + 1
@@ -217,19 +217,56 @@ class SnapshotAccess:
             if state.dead:
                 raise state.death()
         extents: list[Extent] = []
-        cursor = ExtentCursor(source_offset, source_extents)
-        for run_first, run_end, bit in _bit_runs(asked):
-            start = max(offset, (first + run_first) << shift)
-            run_stop = min(stop, (first + run_end) << shift)
-            if bit:
-                for extent in cursor.cut(start, run_stop):
-                    append_extent(extents, *extent)
-                continue
-            for part_first, part_end, empty in _bit_runs(empty_in_temp, run_first, run_end):
-                part_start = max(offset, (first + part_first) << shift)
-                part_stop = min(stop, (first + part_end) << shift)
-                append_extent(extents, part_stop - part_start, _ZERO if empty else _DATA)
+        if low >= 0 and asked.find(0, low, high) < 0:
+            # Nothing of the span was copied: its answer is finer than clusters.
+            self._append_clusters(extents, empty_in_temp, first, offset, source_offset)
+            for extent in source_extents:
+                append_extent(extents, *extent)
+            self._append_clusters(extents, empty_in_temp, first, source_stop, stop)
+            return extents
+        if low >= 0:
+            asked &= self._zero_clusters(first, end, source_offset, source_extents)
+            empty_in_temp |= asked
+        self._append_clusters(extents, empty_in_temp, first, offset, stop)
         return extents
+
+    def _zero_clusters(self, first: int, end: int, offset: int, extents: list[Extent]) -> bitarray:
+        """A bit per cluster of ``[first, end)``: does it lie in a zero extent whole?
+
+        The extents begin at byte ``offset``; where they begin or end inside a cluster, the part
+        that they tell about counts.
+        """
+        shift = self._state.shift
+        mask = (1 << shift) - 1
+        zero = bitarray(end - first, endian="little")
+        zero.setall(0)
+        begin = offset
+        told = offset + sum(length for length, _ in extents)
+        for length, flags in extents:
+            stop = offset + length
+            if flags & EXTENT_ZERO:
+                low = offset >> shift if offset == begin else (offset + mask) >> shift
+                high = (stop + mask) >> shift if stop == told else stop >> shift
+                if low < high:
+                    zero[low - first : high - first] = 1
+            offset = stop
+        return zero
+
+    def _append_clusters(
+        self, extents: list[Extent], zero: bitarray, first: int, offset: int, stop: int
+    ) -> None:
+        """Append the bytes ``[offset, stop)``: zero where the cluster's bit is set, else data.
+
+        ``zero`` begins at cluster ``first``. Ends early after STATUS_EXTENTS_MAX extents.
+        """
+        shift = self._state.shift
+        while offset < stop and len(extents) <= STATUS_EXTENTS_MAX:
+            cluster = (offset >> shift) - first
+            bit = zero[cluster]
+            run_end = zero.find(not bit, cluster)
+            run_stop = stop if run_end < 0 else min(stop, (first + run_end) << shift)
+            append_extent(extents, run_stop - offset, _ZERO if bit else _DATA)
+            offset = run_stop
 
     def access_status(self, offset: int, length: int) -> list[Extent]:
         """x-fleecenbd:access of a range, as it is in this step: (length, ACCESS_* bits) runs.
@@ -325,18 +362,3 @@ class SnapshotAccess:
             return False
         state.stats.part_trims += 1
         return self._parts.add(cluster, start, end, whole)
-
-
-def _bit_runs(
-    bits: bitarray, first: int = 0, end: int | None = None
-) -> Iterator[tuple[int, int, bool]]:
-    """(first, end, bit) of each run of equal bits in ``bits[first:end]``."""
-    if end is None:
-        end = len(bits)
-    while first < end:
-        bit = bits[first]
-        stop = bits.find(not bit, first, end)
-        if stop < 0:
-            stop = end
-        yield first, stop, bool(bit)
-        first = stop
