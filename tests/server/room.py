@@ -368,7 +368,8 @@ async def room(
             served.listen()
             if session is not None:
                 await served.begin(session, options=options)
-            yield served
+            async with asyncio.timeout(TEST_S):
+                yield served
             await served.close(before)
         finally:
             for client in served.clients:

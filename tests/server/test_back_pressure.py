@@ -182,6 +182,20 @@ async def test_who_waited_for_the_budget_and_left_is_in_nobodys_way() -> None:
             assert (await backup.reply()).data == pattern(512)
 
 
+async def test_who_is_cut_off_while_it_waits_for_the_budget_waits_no_more() -> None:
+    async with room(limits=ServerLimits(bytes_max_all=1), session="n") as served:
+        served.devices["vda"].gate("read")
+        for backup in (await served.client("vda@n"), await served.client("vda@n")):
+            await backup.post(wire.READ, 0, 512)
+            await served.settled()
+        budget = served.server.clients._fleecing_budget
+        waiting = len(budget._waiting)
+        for index in (1, 0):
+            served.connection("vda@n", index).abort()
+            waiting -= 1
+            assert len(budget._waiting) == waiting
+
+
 async def test_a_slow_client_does_not_slow_another() -> None:
     async with room(limits=tight(), session="n") as served:
         slow, quick = await served.client("vda@n"), await served.client("vda@n")
