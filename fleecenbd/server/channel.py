@@ -34,6 +34,7 @@ class Channel:
         self._transport = transport
         self._linger_s = linger_s
         self._linger_timer: asyncio.TimerHandle | None = None
+        self._discarded = False
         self._unsent: deque[tuple[list[Buffer], int]] = deque()
         self._leaving = 0
         """Bytes charged for replies in a transport that is paused."""
@@ -99,6 +100,8 @@ class Channel:
 
         Not for ever: whoever does not take the last replies is cut off.
         """
+        if self._discarded:
+            return
         if self._linger_timer is None:
             loop = asyncio.get_running_loop()
             self._linger_timer = loop.call_later(self._linger_s, self._transport.abort)
@@ -107,6 +110,7 @@ class Channel:
 
     def discard(self) -> None:
         """Nobody takes anything any more: give back what was charged."""
+        self._discarded = True
         if self._linger_timer is not None:
             self._linger_timer.cancel()
         leaving, self._leaving = self._leaving, 0

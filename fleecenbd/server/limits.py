@@ -21,7 +21,15 @@ class ServerLimits:
     """Payload bytes of one client's requests that waited, until their replies have left; one
     request is always let in, however long."""
     bytes_max_all: int = 256 << 20
-    """The same over all clients of guest exports, and again over all of fleecing exports."""
+    """The same over all clients of guest exports, and again over all of fleecing exports. Asks
+    nothing of a client that has less than ``bytes_sure``: others cannot stop it, by not reading
+    what they asked for or by a disk that hangs."""
+    bytes_sure: int = 1 << 20
+    """Bytes of requests in flight that every client may have."""
+    status_bytes: int = 512 << 10
+    """What a BLOCK_STATUS counts as: its reply may become as long."""
+    write_bytes_min: int = 64 << 10
+    """What a WRITE counts as in a pass, at least: it may have to copy a cluster first."""
     pass_bytes_max: int = 4 << 20
     """Payload bytes served to one client before others get their turn."""
     pass_requests_max: int = 1024

@@ -12,7 +12,6 @@ import asyncio
 import errno
 import logging
 import socket
-import struct
 import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
@@ -25,6 +24,7 @@ from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.session import MakeTemp, Session, SessionOptions, arm
 from fleecenbd.nbd.constants import NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN
 from fleecenbd.nbd.errors import NegotiationError, shown_name
+from fleecenbd.server import client_sockets
 from fleecenbd.server.clients import Clients
 from fleecenbd.server.connection import Connection
 from fleecenbd.server.exports import Export, FleecingExport, GuestExport
@@ -35,8 +35,6 @@ __all__ = ["Server", "ServerLimits"]
 
 logger = logging.getLogger(__name__)
 
-SO_SNDBUFFORCE = 32
-"""socket(7); Python has no name for it."""
 STOP_DEADLINE_S = 10.0
 """Seconds that requests in flight have to end when the server stops."""
 CLOSE_DEADLINE_S = 1.0
@@ -267,25 +265,8 @@ class Server:
 
     def _prepare(self, sock: socket.socket, *, backup_only: bool) -> Connection | None:
         """Set the socket's options, and take the connection's place; None: it failed already."""
-        limits = self.clients.limits
-        pid: int | None = None
         try:
-            sock.setblocking(False)
-            if sock.family == socket.AF_UNIX:
-                credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-                pid = struct.unpack("iII", credentials)[0] or None
-                peer = f"pid {pid}"
-                _enlarge_send_buffer(sock, limits.unix_send_buffer)
-            else:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, limits.keepalive_idle_s)
-                sock.setsockopt(
-                    socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, limits.keepalive_interval_s
-                )
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, limits.keepalive_count)
-                host, port, *_ = sock.getpeername()
-                peer = f"{host}:{port}"
+            peer, pid = client_sockets.prepare(sock, self.clients.limits)
         except OSError as error:
             logger.info("a connection failed before it began: %s", error.strerror)
             sock.close()
@@ -307,15 +288,16 @@ class Server:
         connection = self._prepare(sock, backup_only=backup_only)
         if connection is not None:
             await self._connect(connection, sock)
-            await connection.lost
+            await connection.closed()
 
     # -- stopping --------------------------------------------------------------------------
 
-    async def stop(self, *, deadline_s: float = STOP_DEADLINE_S) -> None:
+    async def stop(self, *, deadline_s: float = STOP_DEADLINE_S) -> bool:
         """Stop: take no client and no request, let those in flight end, sync, close.
 
         Sessions end. Images are closed when their last call has ended. Returns after
-        ``deadline_s`` at the latest, plus the time that syncing takes (bounded by the same).
+        ``deadline_s`` at the latest, plus the time that syncing takes (bounded by the same);
+        False if an image could not be synced.
         """
         self._stop_listening()
         connections = list(self.clients.connections)
@@ -324,8 +306,15 @@ class Server:
             self.finish(name, failed=True)
         drains = [connection.drain() for connection in connections]
         await _within(deadline_s, [*drains, self.clients.wait_leftovers()])
+        synced: set[str] = set()
         if not self._read_only:
-            await _within(deadline_s, [self._sync(disk) for disk in self.disks.values()])
+            await _within(deadline_s, [self._sync(disk, synced) for disk in self.disks.values()])
+            for disk in self.disks.values():
+                if disk.name not in synced:
+                    logger.error(
+                        "%s is not synced: what its guest wrote last may be lost with the machine",
+                        disk.device.name,
+                    )
         for connection in connections:
             connection.close()
         await _within(CLOSE_DEADLINE_S, [connection.closed() for connection in connections])
@@ -335,6 +324,7 @@ class Server:
         if self._guest_records is not None:
             closes.append(self._guest_records.settle())
         await _within(CLOSE_DEADLINE_S, closes)
+        return self._read_only or len(synced) == len(self.disks)
 
     def abort(self) -> None:
         """Stop at once: close every connection and image; calls in flight go on."""
@@ -346,9 +336,10 @@ class Server:
         for disk in self.disks.values():
             disk.device.close()
 
-    async def _sync(self, disk: Disk) -> None:
+    async def _sync(self, disk: Disk, synced: set[str]) -> None:
         try:
             await disk.flush()
+            synced.add(disk.name)
         except OSError as error:
             logger.error("%s could not be synced: %s", disk.device.name, error.strerror)
 
@@ -362,15 +353,6 @@ class Server:
             loop.remove_reader(listener.socket.fileno())
             listener.socket.close()
         self._listeners.clear()
-
-
-def _enlarge_send_buffer(sock: socket.socket, length: int) -> None:
-    """Let the kernel take two replies of a pull at once, so that client and server overlap."""
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, length)
-    except PermissionError:
-        # Not root: as much as net.core.wmem_max allows.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, length)
 
 
 async def _within(deadline_s: float, waits: Sequence[Coroutine[Any, Any, None]]) -> None:

@@ -24,6 +24,7 @@ from typing import cast
 
 from fleecenbd.nbd.catalog import Negotiated, ReplyMode
 from fleecenbd.nbd.constants import (
+    NBD_CMD_BLOCK_STATUS,
     NBD_CMD_CACHE,
     NBD_CMD_DISC,
     NBD_CMD_FLAG_DF,
@@ -163,7 +164,7 @@ class Transmission:
                     len(self._tasks) >= limits.requests_max or self._bytes >= limits.bytes_max
                 ):
                     break
-                if not has_room():
+                if self._bytes >= limits.bytes_sure and not has_room():
                     self._budget.call_when_room(self._serve_later)
                     break
                 request = next_request()
@@ -195,7 +196,7 @@ class Transmission:
                         assert payload is not None, "the decoder hands out whole requests"
                         if not flags & NBD_CMD_FLAG_FUA and export.write_now(offset, payload):
                             out.append(replies.done(cookie, offset))
-                            total += length
+                            total += max(length, limits.write_bytes_min)
                             continue
                     elif command == NBD_CMD_TRIM:
                         if not flags & NBD_CMD_FLAG_FUA and export.trim_now(offset, length):
@@ -243,7 +244,11 @@ class Transmission:
     def _start(self, request: Request) -> None:
         """Serve the request in a task of its own."""
         command, length = request[1], request[4]
-        cost = length if command in (NBD_CMD_READ, NBD_CMD_WRITE) else 0
+        cost = 0
+        if command in (NBD_CMD_READ, NBD_CMD_WRITE):
+            cost = length
+        elif command == NBD_CMD_BLOCK_STATUS:
+            cost = self._limits.status_bytes
         self._bytes += cost
         self._budget.take(cost)
         pending = _Pending(request, cost)

@@ -131,7 +131,9 @@ async def test_so_many_bytes_of_one_client_wait_and_the_one_that_passes_the_limi
 
 
 async def test_one_huge_request_is_always_let_in() -> None:
-    limits = ServerLimits(bytes_max=1, bytes_max_all=1, pass_bytes_max=1, send_high_water=1)
+    limits = ServerLimits(
+        bytes_max=1, bytes_max_all=1, bytes_sure=0, pass_bytes_max=1, send_high_water=1
+    )
     async with room(limits=limits, size=2 * MIB) as served:
         guest = await served.client("vda")
         for later in (False, True):
@@ -148,7 +150,7 @@ async def test_one_huge_request_is_always_let_in() -> None:
 
 
 async def test_all_backups_together_have_a_budget_and_guests_have_their_own() -> None:
-    async with room(limits=ServerLimits(bytes_max_all=10000), session="n") as served:
+    async with room(limits=ServerLimits(bytes_max_all=10000, bytes_sure=0), session="n") as served:
         device = served.devices["vda"]
         device.gate("read", where=lambda offset, length: length == 8192)
         backups = [await served.client("vda@n") for _ in range(3)]
@@ -167,8 +169,26 @@ async def test_all_backups_together_have_a_budget_and_guests_have_their_own() ->
                 assert (await backup.reply()).data == pattern(SIZE)[:8192]
 
 
+async def test_no_client_keeps_another_from_a_first_few_bytes() -> None:
+    limits = ServerLimits(bytes_max_all=10000, bytes_sure=1024)
+    async with room(limits=limits, session="n") as served:
+        device = served.devices["vda"]
+        device.gate("read", where=lambda offset, length: offset != 8192)
+        greedy, modest = await served.client("vda@n"), await served.client("vda@n")
+        await greedy.post(wire.READ, 0, 16384)
+        await greedy.post(wire.READ, 0, 16384)
+        await served.settled()
+        assert served.charged == (0, 16384)
+        for _ in range(3):
+            await modest.post(wire.READ, 512, 512)
+        await served.settled()
+        assert served.charged == (0, 16384 + 1024), "two, and the third waits with the others"
+        device.open()
+        assert [(await modest.reply()).data for _ in range(3)] == [pattern(SIZE)[512:1024]] * 3
+
+
 async def test_who_waited_for_the_budget_and_left_is_in_nobodys_way() -> None:
-    async with room(limits=ServerLimits(bytes_max_all=1), session="n") as served:
+    async with room(limits=ServerLimits(bytes_max_all=1, bytes_sure=0), session="n") as served:
         device = served.devices["vda"]
         device.gate("read")
         first, leaver, last = [await served.client("vda@n") for _ in range(3)]
@@ -183,7 +203,7 @@ async def test_who_waited_for_the_budget_and_left_is_in_nobodys_way() -> None:
 
 
 async def test_who_is_cut_off_while_it_waits_for_the_budget_waits_no_more() -> None:
-    async with room(limits=ServerLimits(bytes_max_all=1), session="n") as served:
+    async with room(limits=ServerLimits(bytes_max_all=1, bytes_sure=0), session="n") as served:
         served.devices["vda"].gate("read")
         for backup in (await served.client("vda@n"), await served.client("vda@n")):
             await backup.post(wire.READ, 0, 512)
@@ -304,6 +324,7 @@ plans = st.builds(
         requests_max=st.integers(1, 8),
         bytes_max=st.integers(1, 200 * KIB),
         bytes_max_all=st.integers(1, 300 * KIB),
+        bytes_sure=st.sampled_from([0, 64 * KIB]),
         pass_bytes_max=st.integers(1, 100 * KIB),
         pass_requests_max=st.integers(1, 8),
         send_high_water=st.sampled_from([1, 4 * KIB, 64 * KIB]),
