@@ -10,6 +10,13 @@ def closed_error(name: str) -> OSError:
     return OSError(errno.EBADF, "the device was closed", name)
 
 
+def no_thread_error(name: str) -> OSError:
+    """A call that may block, and no thread to make it in."""
+    return OSError(
+        errno.EAGAIN, "no thread can be started; allow more processes, or give more memory", name
+    )
+
+
 def shrank_error(name: str, offset: int) -> OSError:
     """The image ended inside the size that it had when it was opened."""
     return OSError(

@@ -11,7 +11,8 @@ system call would keep the process from ending. These threads are daemons, and n
 Order rules
     * A thread is started when there are more unfinished calls than threads, up to ``size_max``;
       it ends after ``IDLE_S`` without a call, or when the pool is closed.
-    * ``close(last)`` takes no more calls; ``last`` runs in a thread once the last call has ended.
+    * ``close(last)`` takes no more calls; ``last`` runs in a thread once the last call has ended:
+      in the caller's own if there is none and none can be started, for it must run.
     * A thread puts its result into the outbox *before* it looks whether a wake-up is on its way;
       the loop notes that the wake-up has arrived *before* it empties the outbox. So no result
       is left behind, without a lock.
@@ -20,13 +21,16 @@ Order rules
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias, TypeVar
 
-from fleecenbd.storage.errors import closed_error
+from fleecenbd.storage.errors import closed_error, no_thread_error
+
+logger = logging.getLogger(__name__)
 
 SIZE_MAX = 16
 """Threads per pool, by default."""
@@ -108,25 +112,32 @@ class ThreadPool:
     def run(self, function: Callable[..., Result], *arguments: object) -> asyncio.Future[Result]:
         """Call ``function(*arguments)`` in a thread; the future belongs to the running loop.
 
-        Cancelling the future does not stop the call. Raises OSError (EBADF) once closed.
+        Cancelling the future does not stop the call. Raises OSError: EBADF once closed, EAGAIN
+        where there is no thread and none can be started.
         """
         outbox = self._outbox_of_running_loop()
         future: asyncio.Future[Result] = outbox.loop.create_future()
         with self._lock:
             if self._last is not None:
                 raise closed_error(self.name)
-            self._enqueue((outbox, future, function, arguments))
+            if not self._enqueue((outbox, future, function, arguments)):
+                raise no_thread_error(self.name)
         return future
 
     def close(self, last: Callable[[], None] = lambda: None) -> None:
         """Take no more calls; run ``last`` in a thread once the last call has ended.
 
-        Needs no event loop, waits for nothing, and does nothing the second time.
+        Needs no event loop, waits for nothing (but ``last``, where no thread can be started to
+        run it), raises nothing, and does nothing the second time.
         """
         with self._lock:
-            if self._last is None:
-                self._last = last
-                self._enqueue(None)  # whoever ends last runs `last`: perhaps this very entry
+            if self._last is not None:
+                return
+            self._last = last
+            # Whoever ends last runs `last`: perhaps this very entry.
+            has_thread = self._enqueue(None)
+        if not has_thread:
+            self._finish(last)
 
     async def wait_closed(self) -> None:
         """Return when the last call, and what was given to ``close``, have ended."""
@@ -146,21 +157,24 @@ class ThreadPool:
             outbox = self._outbox = _Outbox(loop)
         return outbox
 
-    def _enqueue(self, call: _Call | None) -> None:
-        """Queue one call (None: the mark of ``close``); the lock is held."""
-        self._unfinished += 1
-        if self._unfinished > self._size and self._size < self.size_max:
-            self._size += 1
+    def _enqueue(self, call: _Call | None) -> bool:
+        """Queue one call (None: the mark of ``close``); the lock is held.
+
+        False: it is not queued, for there is no thread (and so no call either), and none can be
+        started: the process has as many as it may, or no memory for one more.
+        """
+        if self._unfinished >= self._size and self._size < self.size_max:
             try:
                 threading.Thread(
                     target=self._work, name=f"{self.role} {self.name}", daemon=True
                 ).start()
+                self._size += 1
             except RuntimeError:
-                self._size -= 1
                 if self._size == 0:
-                    self._unfinished -= 1
-                    raise
+                    return False
+        self._unfinished += 1
         self._queue.put(call)
+        return True
 
     def _work(self) -> None:
         while True:
@@ -202,21 +216,22 @@ class ThreadPool:
             self._unfinished -= 1
             if self._last is None:
                 return None, False
-            if self._unfinished == 0:
-                return self._last, True
             if self._size > self._unfinished:
                 self._size -= 1
-                return None, True
+                return (self._last if self._unfinished == 0 else None), True
             return None, False
 
     def _finish(self, last: Callable[[], None]) -> None:
-        """Run by the thread that ended the last call of a closing pool."""
+        """Run by the thread that ended the last call of a closing pool. Raises nothing."""
         try:
             last()
+        except Exception as error:
+            logger.error(
+                "%s (%s) was not closed as it should be", self.name, self.role, exc_info=error
+            )
         finally:
             with self._lock:
                 self._closed = True
-                self._size -= 1
                 for _ in range(self._size):
                     self._queue.put(None)  # idle threads end now
                 waiters, self._waiters = self._waiters, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import subprocess
 import sys
 import threading
@@ -254,6 +255,100 @@ def test_a_hung_call_holds_up_no_other_pool(run) -> None:
     gate.set()
     finished(hung)
     finished(healthy)
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No thread can be started, until this is undone."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    return monkeypatch
+
+
+def test_a_call_that_no_thread_can_be_started_for_is_an_error_of_the_system(
+    run, no_threads: pytest.MonkeyPatch
+) -> None:
+    pool = ThreadPool("disk", "active")
+
+    async def main() -> int:
+        with pytest.raises(OSError, match=r"no thread can be started.*disk") as caught:
+            pool.run(int)
+        assert caught.value.errno == errno.EAGAIN
+        assert (pool.size, pool.unfinished) == (0, 0)
+        no_threads.undo()
+        return await pool.run(int, "42")
+
+    assert run(main()) == 42
+    finished(pool)
+
+
+def test_calls_wait_for_the_threads_there_are_where_no_more_can_be_started(
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = ThreadPool("disk", "active")
+    gate = threading.Event()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> list[Any]:
+        calls: list[Any] = [pool.run(gate.wait, 10)]
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        calls.append(pool.run(int, "42"))
+        gate.set()
+        return await asyncio.gather(*calls)
+
+    assert run(main()) == [True, 42]
+    finished(pool)
+
+
+def test_a_pool_closes_without_a_thread_where_none_can_be_started(
+    run, no_threads: pytest.MonkeyPatch
+) -> None:
+    pool = ThreadPool("disk", "active")
+    ended: list[int] = []
+
+    async def main() -> None:
+        waiter = asyncio.ensure_future(pool.wait_closed())
+        await asyncio.sleep(0)
+        pool.close(lambda: ended.append(threading.get_ident()))
+        assert ended == [threading.get_ident()]
+        pool.close(lambda: ended.append(0))
+        await waiter
+        await pool.wait_closed()
+        with pytest.raises(OSError, match="the device was closed"):
+            pool.run(int)
+
+    run(main())
+    assert len(ended) == 1
+    assert (pool.size, pool.unfinished) == (0, 0)
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_a_close_that_fails_is_told_and_is_a_close(
+    run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, threads: bool
+) -> None:
+    pool = ThreadPool("disk", "active")
+
+    def fail() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        if not threads:
+            monkeypatch.setattr(threading.Thread, "start", refuse)
+        pool.close(fail)
+        await pool.wait_closed()
+
+    run(main())
+    (message,) = caplog.messages
+    assert "disk" in message
+    assert pool.size == 0
 
 
 HUNG_PROCESS = """
