@@ -36,6 +36,8 @@ class ExportInfo:
     block_preferred: int
     block_maximum: int
     contexts: tuple[str, ...] = ()
+    can_write: bool = True
+    """False: not read-only (clients do not TRIM such exports), and yet NBD_CMD_WRITE is refused."""
 
 
 class Catalog(Protocol):
@@ -74,4 +76,5 @@ class Negotiated:
             contexts=bool(self.contexts),
             context_ids=tuple(context_id for context_id, _ in self.contexts),
             block_minimum=self.info.block_minimum,
+            can_write=self.info.can_write,
         )

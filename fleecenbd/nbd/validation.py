@@ -6,6 +6,7 @@
     command that was not advertised                         NBD_EINVAL
     BLOCK_STATUS without a context that was agreed          NBD_EINVAL
     flag unknown, not this command's, or not advertised     NBD_EINVAL
+    WRITE of an export that can only be read and trimmed    NBD_EPERM
     payload filter of BLOCK_STATUS that is not right        NBD_EINVAL
     length 0 (FLUSH: neither offset nor length matters)     NBD_EINVAL
     not a multiple of the minimum block size                NBD_EINVAL
@@ -98,7 +99,7 @@ class RequestRules:
     ``flags``: transmission flags of the export; ``size``: bytes; ``extended``, ``structured``:
     headers and replies that were agreed (extended implies structured); ``contexts``: whether
     any meta context was; ``context_ids``: which ids a payload filter may name;
-    ``block_minimum``: bytes, a power of two.
+    ``block_minimum``: bytes, a power of two; ``can_write``: whether WRITE is ever served.
     """
 
     def __init__(
@@ -111,8 +112,10 @@ class RequestRules:
         contexts: bool,
         context_ids: Collection[int] = (),
         block_minimum: int = 1,
+        can_write: bool = True,
     ) -> None:
         self._size = size
+        self._can_write = can_write
         self._block_mask = block_minimum - 1
         self._read_only = flags & NBD_FLAG_READ_ONLY != 0
         self._block_status = contexts and (structured or extended)
@@ -149,6 +152,8 @@ class RequestRules:
         if self._read_only:
             for command in _MODIFYING:
                 length_max[command] = 0
+        if not can_write:
+            length_max[NBD_CMD_WRITE] = 0
         if not self._block_status:
             length_max[NBD_CMD_BLOCK_STATUS] = 0
         self._length_max = tuple(length_max)
@@ -183,6 +188,10 @@ class RequestRules:
         refused = flags & ~self._allowed[command]
         if refused:
             return NBD_EINVAL, f"{name}: command flags {refused:#06x} are not allowed here"
+        if command == NBD_CMD_WRITE and not self._can_write:
+            return NBD_EPERM, (
+                f"{name}: the export is a point in time: it can be read and trimmed, not written"
+            )
         if command == NBD_CMD_FLUSH:
             return None
         if command == NBD_CMD_BLOCK_STATUS and flags & NBD_CMD_FLAG_PAYLOAD_LEN:

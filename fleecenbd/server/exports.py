@@ -150,6 +150,7 @@ class FleecingExport:
             block_preferred=max(BLOCK_PREFERRED, fleece.cluster_size),
             block_maximum=PAYLOAD_ADVERTISED,
             contexts=(BASE_ALLOCATION, ACCESS),
+            can_write=False,
         )
         self.read_now: ReadNow = fleece.read_now
         self.read: Read = fleece.read
@@ -157,11 +158,8 @@ class FleecingExport:
         self.trim = fleece.trim
 
     def write_now(self, offset: int, data: Data) -> bool:
-        """Refused: EPERM."""
-        raise OSError(
-            errno.EPERM,
-            f"{self.info.name} is a point in time: it can be read and trimmed, not written",
-        )
+        """Refused: EPERM. RequestRules answers before."""
+        raise OSError(errno.EPERM, f"{self.info.name} cannot be written")
 
     async def write(self, offset: int, data: Data) -> None:
         """Refused: EPERM."""

@@ -334,3 +334,21 @@ def test_the_short_cut_decides_as_the_long_way(
     assert refusal == checker._look(request)
     if refusal is not None:
         assert refusal[0] in (EPERM, EINVAL, ENOSPC, EOVERFLOW)
+
+
+@pytest.mark.parametrize("mode", [wire.SIMPLE, wire.STRUCTURED, wire.EXTENDED])
+def test_a_write_that_is_never_served_is_eperm_whatever_else_is_wrong_with_it(mode: str) -> None:
+    never = RequestRules(
+        flags=FLEECING,
+        size=SIZE,
+        extended=mode == wire.EXTENDED,
+        structured=mode != wire.SIMPLE,
+        contexts=False,
+        can_write=False,
+    )
+    for offset, length in ((0, 512), (SIZE, 512), (0, 0)):
+        refused = never.check((0, wire.WRITE, 1, offset, length, b""))
+        assert refused is not None
+        assert refused[0] == EPERM
+    assert never.check((0, wire.READ, 1, 0, 512, None)) is None
+    assert never.check((0, wire.TRIM, 1, 0, 512, None)) is None
