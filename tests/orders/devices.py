@@ -47,6 +47,15 @@ class OrderDevice(SimDevice):
     def _answers_now(self, chance: float) -> bool:
         return self._world.answers_now(self)
 
+    def _now(self, call: Call) -> None:
+        """A call at once; it may fail at once, too."""
+        self.actors[call] = ACTOR.get()
+        call.cuts = self._cuts(call)
+        if self.can_fail(call) and self._world.fails_now(self):
+            self.fail(call)
+            raise OSError(call.error, f"simulated: {self.name}: {call}")
+        super()._now(call)
+
     async def _later(self, call: Call) -> Call:
         self.actors[call] = ACTOR.get()
         call.future = self._loop.create_future()

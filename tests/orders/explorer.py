@@ -22,7 +22,8 @@ from .world import OrderWorld
 
 END = -1
 """The end of a run, where a state has it among what follows it."""
-SECONDS_MAX = 600.0
+SECONDS_MAX = 120.0
+"""Of one scenario."""
 COLLECT_EVERY = 512
 """Runs between two collections of garbage."""
 

@@ -31,11 +31,12 @@ from tests.simulation.requests import ClientRequest, GuestRead, GuestRequest
 from tests.simulation.watch import FleeceWatch
 from tests.simulation.world import SimDisk
 
-from .devices import OrderDevice
+from .devices import ACTOR, OrderDevice
 from .loop import OrderLoop
 
 if TYPE_CHECKING:
-    from .world import Actor, OrderWorld
+    from .actors import Actor
+    from .world import OrderWorld
 
 ATOMS = frozenset({int, str, bool, float, type(None)})
 BYTES = (bytes, bytearray, memoryview)
@@ -316,7 +317,7 @@ class _Seer:
         return self.see(callback), self.see(args), self.context(handle._context)  # type: ignore[attr-defined]
 
     def context(self, context: Context) -> Any:
-        return self.see(context.get(REQUEST))
+        return self.see(context.get(REQUEST)), context.get(ACTOR)
 
     def bound(self, method: Any) -> Any:
         return getattr(method, "__name__", "step"), self.see(method.__self__)

@@ -1,7 +1,8 @@
 """Planted bugs against every order: which scenario catches each, after how many states.
 
-The bugs are those of the simulation (tests/simulation/planted.py), and some that need an order of
-events so particular that seeds seldom meet it.
+The bugs are those of the simulation (tests/simulation/planted.py), the design model's variants of
+the rules as far as they are not among them, and some that need an order of events so particular
+that seeds seldom meet it.
 """
 
 from __future__ import annotations
@@ -178,7 +179,77 @@ ORDERS_ONLY = (
     ),
 )
 
-BUGS = (*PLANTED, *ORDERS_ONLY)
+FROM_THE_MODEL = (
+    PlantedBug(
+        "a guest's timer starts anew when the copy has ended",
+        "copy_before_write",
+        (
+            (
+                "            while not state.dead and state.frozen(first, end):\n",
+                "            if deadline is not None:\n"
+                "                deadline = loop.time() + state.cbw_timeout_s\n"
+                "            while not state.dead and state.frozen(first, end):\n",
+            ),
+        ),
+    ),
+    PlantedBug(
+        "a timeout forgets the copy and makes its clusters dirty again",
+        "copy_before_write",
+        (
+            (
+                "state.stats.timeouts += 1",
+                "state.stats.timeouts += 1\n"
+                "        for copy in list(state.copies):\n"
+                "            if not state.temp_writes.overlapping(copy.first, copy.end):\n"
+                "                live = state.access.bits[copy.first : copy.end]\n"
+                "                state.copy.bits[copy.first : copy.end] |= live\n"
+                "                state.copies.remove(copy)",
+            ),
+        ),
+    ),
+    PlantedBug(
+        "TRIM waits for the temp writes of copies in flight only",
+        "block_copy",
+        (
+            (
+                "            *state.temp_writes.overlapping(first, end),\n",
+                "            *[w for w in state.temp_writes.overlapping(first, end)"
+                " if any(c.first <= w.first and not c.lost for c in state.copies)],\n",
+            ),
+        ),
+    ),
+    PlantedBug(
+        "temp_limit counts copies, and gives back what failed or was cancelled",
+        "block_copy",
+        (
+            (
+                "        state.guests.wake(copy.first, copy.end)\n\n    # -- release",
+                "        if error is not None or copy.lost:\n"
+                "            state.uncharge(copy.first, copy.end)\n"
+                "        state.guests.wake(copy.first, copy.end)\n\n    # -- release",
+            ),
+        ),
+    ),
+    PlantedBug(
+        "a finish does not wake the guests",
+        "state",
+        (
+            (
+                "        self.dead = True\n        self.release(0, self.clusters)\n"
+                "        self.guests.wake_all()\n",
+                "        self.dead = True\n"
+                "        if self.finished:\n"
+                "            for bitmap in (self.access, self.copy, self.done):\n"
+                "                bitmap.bits.setall(0)\n"
+                "        else:\n"
+                "            self.release(0, self.clusters)\n"
+                "            self.guests.wake_all()\n",
+            ),
+        ),
+    ),
+)
+
+BUGS = (*PLANTED, *FROM_THE_MODEL, *ORDERS_ONLY)
 
 
 @dataclass(frozen=True)

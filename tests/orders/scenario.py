@@ -31,6 +31,8 @@ class Step:
     def __str__(self) -> str:
         if self.kind in ("finish", "arm", "cancel"):
             return f"{self.kind} {self.of}"
+        if self.kind == "pause":
+            return f"pause {self.first:g} s"
         whose = f" of {self.of}" if self.kind in ("read", "status", "release") else ""
         return f"{self.kind} {self.first:g}+{self.count:g}{whose}"
 
@@ -78,6 +80,11 @@ def arm(of: str) -> Step:
 def finish(of: str = "s") -> Step:
     """Finish a session."""
     return Step("finish", of=of)
+
+
+def pause(seconds: float) -> Step:
+    """Time passes before the actor's next step, or for the others alone."""
+    return Step("pause", seconds)
 
 
 def cancel(actor: str) -> Step:

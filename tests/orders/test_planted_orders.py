@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from .explorer import explore
-from .planted import BUGS, ORDERS_ONLY, planted
+from .planted import BUGS, FROM_THE_MODEL, ORDERS_ONLY, planted
 from .scenarios import SCENARIOS
 
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
@@ -33,5 +33,5 @@ def test_a_planted_bug_is_caught_by_enumeration(bug: str, scenario: str, checker
 
 def test_the_bugs_have_names_of_their_own_and_can_all_be_planted() -> None:
     assert len({bug.name for bug in BUGS}) == len(BUGS)
-    for bug in ORDERS_ONLY:
+    for bug in (*FROM_THE_MODEL, *ORDERS_ONLY):
         assert planted(bug.name).disk is not None

@@ -17,14 +17,13 @@ it came, and before what becomes ready later.
 from __future__ import annotations
 
 import asyncio
-import errno
 from asyncio import events
 from collections.abc import Callable
 from typing import Any
 
-from tests.simulation import engine, requests
-from tests.simulation.calls import CHANGES, REQUEST, Call, Profile
-from tests.simulation.checkers import Checkers, Violation
+from tests.simulation import engine
+from tests.simulation.calls import Call, Profile
+from tests.simulation.checkers import Violation
 from tests.simulation.history import History
 from tests.simulation.loop import Spinning
 from tests.simulation.plan import DiskPlan, SessionPlan
@@ -32,6 +31,8 @@ from tests.simulation.waits import WaitChecker
 from tests.simulation.watch import FleeceWatch
 from tests.simulation.world import SimDisk, World
 
+from .actors import Actor, make, may_begin
+from .checkers import OrderCheckers
 from .choices import Choices
 from .devices import ACTOR, OrderDevice
 from .loop import OrderLoop
@@ -46,21 +47,6 @@ Observer = Callable[["OrderWorld"], bool]
 """Called wherever there is a choice between events; False ends the run here."""
 
 
-class Actor:
-    """How far somebody has come in their list of steps."""
-
-    def __init__(self, name: str, steps: tuple[Step, ...]) -> None:
-        self.name = name
-        self.steps = steps
-        self.made = 0
-        self.task: asyncio.Task[Any] | None = None
-        self.answers: list[object] = []
-
-    @property
-    def busy(self) -> bool:
-        return self.task is not None and not self.task.done()
-
-
 class _Middle:
     """Stands for the random numbers of a request's details: never the rare case."""
 
@@ -69,35 +55,6 @@ class _Middle:
 
     def random(self) -> float:
         return 0.1 if self.fast else 0.5
-
-
-class OrderCheckers(Checkers):
-    """The simulation's checkers, exact about the step in which an active write starts.
-
-    The engine counts an active write in the step that starts it; its device call begins when the
-    task made for it has its turn. Where events come between any two callbacks, an arming can begin
-    to hold the guests in between: it waits for the counted write as for any other.
-    """
-
-    def __init__(self, world: OrderWorld) -> None:
-        super().__init__(world)
-        self.counted: dict[str, int] = {}
-        """By disk: writes counted before the arming's hold whose calls have not begun."""
-
-    def held(self, disk: SimDisk) -> None:
-        """An arming holds the disk's guests from now on."""
-        begun = sum(call.kind in CHANGES for call in disk.device.calls)
-        self.counted[disk.name] = disk.engine_disk.active_writes - begun
-
-    def call_began(self, device: Any, call: Call) -> None:
-        disk = self.world.disk_of.get(device)
-        if disk is None or call.kind not in CHANGES or not self.counted.get(disk.name):
-            super().call_began(device, call)
-            return
-        self.counted[disk.name] -= 1
-        holds, disk.holds = disk.holds, 0
-        super().call_began(device, call)
-        disk.holds = holds
 
 
 class OrderWorld(World):
@@ -206,6 +163,10 @@ class OrderWorld(World):
         self.log(f"    {device.name}: {'now' if answer else 'later'}")
         return answer
 
+    def fails_now(self, device: OrderDevice) -> bool:
+        """Does a call that the device answers at once fail?"""
+        return not self._preparing and self.choices.choose(2) == 1
+
     def react(self, device: Any, call: Call) -> None:
         """Nobody reacts: actors act whenever they are chosen."""
 
@@ -236,7 +197,7 @@ class OrderWorld(World):
                 if device.can_fail(call):
                     found.append(("failure", lambda d=device, c=call: self._fail(d, c)))
         for actor in self.actors:
-            if self._may_begin(actor):
+            if may_begin(self, actor):
                 found.append(("begin", lambda a=actor: self._begin(a)))
         timer = loop.next_timer()
         if timer is not None and (quiet or self._may_pass(timer)):
@@ -260,18 +221,6 @@ class OrderWorld(World):
         self.timer_fired = True
         self.log(f"time passes: {self.loop.time():g} s")
 
-    def _may_begin(self, actor: Actor) -> bool:
-        if actor.busy or actor.made == len(actor.steps):
-            return False
-        step = actor.steps[actor.made]
-        if step.kind == "cancel":
-            return any(other.name == step.of and other.busy for other in self.actors)
-        if step.kind == "finish":
-            return step.of in self.sessions
-        if step.kind in ("read", "status", "release"):
-            return self.watch(step) is not None
-        return True
-
     def _begin(self, actor: Actor) -> None:
         step = actor.steps[actor.made]
         actor.made += 1
@@ -284,83 +233,8 @@ class OrderWorld(World):
             other.task.cancel()
         else:
             token = ACTOR.set(actor.name)
-            actor.task = self.loop.start(self._make(actor, step), actor.name)
+            actor.task = self.loop.start(make(self, actor, step), actor.name)
             ACTOR.reset(token)
-
-    async def _make(self, actor: Actor, step: Step) -> None:
-        try:
-            actor.answers.append(await self._request(actor, step))
-        except asyncio.CancelledError:
-            # The guest that sent it is gone: its request waits for nobody's sake any more.
-            for disk in self.disks:
-                disk.pending[:] = [r for r in disk.pending if r is not REQUEST.get()]
-            raise
-
-    async def _request(self, actor: Actor, step: Step) -> object:
-        offset, length = int(step.first * CLUSTER), int(step.count * CLUSTER)
-        if step.kind == "arm":
-            return await self._arm(step.of)
-        disk = next(disk for disk in self.disks if disk.name == step.disk)
-        length = min(length, disk.size - offset)
-        if step.kind in ("write", "zero", "discard"):
-            kind = "trim" if step.kind == "discard" else step.kind
-            self.rng.fast = step.fast
-            data = bytes([self._fill(actor)]) * length if kind == "write" else None
-            await requests.guest_change(self, disk, kind, offset, length, data)
-            return REQUEST.get().failed  # type: ignore[union-attr]
-        if step.kind == "look":
-            return await requests.guest_read(self, disk, offset, length)
-        watch = self.watch(step)
-        assert watch is not None
-        if step.kind == "read":
-            return await requests.client_read(self, watch, offset, length) is not None
-        if step.kind == "status":
-            return await requests.client_status(self, watch, offset, length)
-        assert step.kind == "release", f"no such step: {step.kind}"
-        return await requests.client_trim(self, watch, offset, length)
-
-    def _fill(self, actor: Actor) -> int:
-        return 0x80 + 8 * self.actors.index(actor) + actor.made if actor in self.actors else 0x7F
-
-    async def _arm(self, name: str) -> bool:
-        plan = self.plans[name]
-        disks = [self.disks[index] for index in plan.disks]
-        temps: list[OrderDevice] = []
-
-        async def make_temp(engine_disk: Any, cluster_size: int) -> OrderDevice:
-            temps.append(self.make_temp(plan, engine_disk, cluster_size))
-            if len(temps) == len(disks):
-                # In this very step the engine begins to hold the guests.
-                self.armings_pending.append(plan)
-                for disk in disks:
-                    disk.hold()
-                    self.checkers.held(disk)
-            return temps[-1]
-
-        began = self.loop.time()
-        try:
-            self.sessions[name] = await self.arm(plan, disks, make_temp)
-        except OSError as error:
-            self._check_arming_failed(plan, temps, error, self.loop.time() - began)
-            return False
-        finally:
-            self.armings_pending.remove(plan)
-            for disk in disks:
-                disk.release_hold()
-                self.checkers.counted.pop(disk.name, None)
-        self.checkers.after_step()
-        return True
-
-    def _check_arming_failed(
-        self, plan: SessionPlan, temps: list[OrderDevice], error: OSError, spent_s: float
-    ) -> None:
-        self.log(f"arming {plan.name} failed: {error}")
-        if error.errno != errno.ETIMEDOUT or spent_s < plan.deadline_s:
-            self.stop_with(f"X: arming {plan.name} failed without a cause: {error}")
-        if any(not temp.closed for temp in temps):
-            self.stop_with(f"S: arming {plan.name} failed and left a temp image open")
-        if any(fleece.temp in temps for disk in self.disks for fleece in disk.engine_disk.fleeces):
-            self.stop_with(f"B: arming {plan.name} failed and left a fleece installed")
 
     # the run
 
