@@ -13,7 +13,6 @@ from fleecenbd.cli.values import DiskSpec
 from fleecenbd.engine.disk import Disk
 from fleecenbd.storage.device import Device
 from fleecenbd.storage.file import FileDevice
-from fleecenbd.storage.filesystem import hole_size_of
 from fleecenbd.storage.locks import LockMode
 from fleecenbd.storage.pool import ThreadPool
 from fleecenbd.storage.probe import PROBE_LENGTH, container_format
@@ -109,11 +108,5 @@ class TempDirectory:
         return await self._pool.run(self._create, disk.name, disk.size, cluster_size)
 
     def _create(self, name: str, size: int, cluster_size: int) -> Device:
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            unit = max(cluster_size, hole_size_of(descriptor))
-        finally:
-            os.close(descriptor)
-        # Both are powers of two: a multiple of the larger is a multiple of the other.
-        size = -(-size // unit) * unit
-        return TempImage.create(self.path, f"{name}@{self._session}", size)
+        image = f"{name}@{self._session}"
+        return TempImage.create(self.path, image, size, cluster_size=cluster_size)

@@ -17,6 +17,7 @@ import tempfile
 from fleecenbd.storage import system_calls
 from fleecenbd.storage.device import Buffer, Data, Extent
 from fleecenbd.storage.file import FileDevice, ReadNow, WriteNow
+from fleecenbd.storage.filesystem import hole_size_of
 from fleecenbd.storage.pool import SIZE_MAX
 from fleecenbd.storage.space import PUNCH
 
@@ -24,16 +25,26 @@ from fleecenbd.storage.space import PUNCH
 class TempImage:
     """A sparse file of its own, with a pool of its own; what it is not asked to keep is free."""
 
-    def __init__(self, descriptor: int, name: str, size: int, *, threads_max: int) -> None:
-        """Take over the descriptor of an empty file; ``size`` in bytes."""
+    def __init__(
+        self,
+        descriptor: int,
+        name: str,
+        size: int,
+        *,
+        cluster_size: int | None = None,
+        threads_max: int = SIZE_MAX,
+    ) -> None:
+        """Take over the descriptor of an empty file; ``size`` in bytes, as in ``create``."""
         self.name = name
+        self.hole_size = _measured_hole_size(descriptor, name)
+        if cluster_size is not None:
+            # Both are powers of two: a multiple of the larger is a multiple of the other.
+            size = _rounded_up(size, max(cluster_size, self.hole_size))
         self.size = size
-        self._file = FileDevice(descriptor, name, size=size, role="temp", threads_max=threads_max)
-        self.hole_size = self._file.hole_size
         # The file ends with a whole block, so that a trim of the last part frees it.
-        self._file_size = -(-size // self.hole_size) * self.hole_size
+        self._file_size = _rounded_up(size, self.hole_size)
         os.ftruncate(descriptor, self._file_size)
-        _check_punch(descriptor, name, self.hole_size)
+        self._file = FileDevice(descriptor, name, size=size, role="temp", threads_max=threads_max)
         self.pread_now: ReadNow = self._file.pread_now
         self.pwrite_now: WriteNow = self._file.pwrite_now
 
@@ -44,16 +55,19 @@ class TempImage:
         name: str,
         size: int,
         *,
+        cluster_size: int | None = None,
         threads_max: int = SIZE_MAX,
     ) -> TempImage:
         """Make an empty temp image in ``directory``; ``name`` is for messages only.
 
-        Raises OSError; ENOTSUP where the file system can't free what is trimmed. Blocks.
+        ``cluster_size``: a power of two; ``size`` is rounded up to whole clusters, of at least
+        the image's own ``hole_size``. Raises OSError; ENOTSUP where the file system can't free
+        what is trimmed. Blocks.
         """
         path = os.path.join(os.fspath(directory), name)
         descriptor = _create_unnamed(os.fspath(directory))
         try:
-            return cls(descriptor, path, size, threads_max=threads_max)
+            return cls(descriptor, path, size, cluster_size=cluster_size, threads_max=threads_max)
         except BaseException:
             os.close(descriptor)
             raise
@@ -114,8 +128,31 @@ def _create_unnamed(directory: str) -> int:
     return descriptor
 
 
-def _check_punch(descriptor: int, name: str, length: int) -> None:
-    """Refuse a file system that can't free part of a file. The file is empty."""
+def _measured_hole_size(descriptor: int, name: str) -> int:
+    """Bytes, a power of two: what one block takes in an empty file, which stays empty.
+
+    The block size of statvfs is not it where a file system gives out space in larger units
+    (ext4's bigalloc, XFS's realtime extents): then a block that is kept among others that were
+    trimmed holds all their space, and a limit counted in blocks says nothing. Where the space is
+    told of later only, the block size has to do. Raises OSError; ENOTSUP where nothing is freed.
+    """
+    block = hole_size_of(descriptor)
+    # Inside the file: XFS takes more, for what may come, where a file grows.
+    os.ftruncate(descriptor, block)
+    before = os.fstat(descriptor).st_blocks
+    system_calls.write_all(descriptor, 0, b"\xff" * block, name)
+    taken = (os.fstat(descriptor).st_blocks - before) * 512
+    hole_size = 1 << max(taken - 1, block - 1).bit_length()
+    _punch(descriptor, name, hole_size)
+    return hole_size
+
+
+def _rounded_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def _punch(descriptor: int, name: str, length: int) -> None:
+    """Free the start of a file. Refuses a file system that can't free part of a file."""
     try:
         system_calls.fallocate(descriptor, PUNCH, 0, length, name)
     except OSError as error:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,6 +112,70 @@ async def test_a_file_system_without_unnamed_files_gets_an_unlinked_one(
     await temp.pwrite(0, b"data")
     assert await temp.pread(0, 5) == b"data\0"
     assert os.listdir(directory) == []
+    temp.close()
+
+
+class Allocating:
+    """os.fstat on a file system that gives out space in larger units than its blocks."""
+
+    def __init__(self, unit: int, *, other: int = 0) -> None:
+        self._unit = unit
+        self._other = other  # bytes that the file holds besides, for extended attributes
+        self._fstat = os.fstat
+
+    def __call__(self, descriptor: int) -> object:
+        status = self._fstat(descriptor)
+        held = -(-status.st_blocks * 512 // self._unit) * self._unit + self._other
+        return SimpleNamespace(st_blocks=held // 512, st_mode=status.st_mode)
+
+
+@pytest.mark.parametrize("other", [0, 4096])
+@pytest.mark.parametrize(("unit", "hole_size"), [(65536, 65536), (3 << 13, 1 << 15)])
+async def test_the_hole_size_is_the_unit_in_which_space_is_given_out(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, unit: int, hole_size: int, other: int
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", Allocating(unit, other=other))
+        temp = TempImage.create(directory, "vda@nightly", SIZE)
+    assert temp.hole_size == hole_size
+    assert temp.used_bytes() == 0
+    assert await temp.extents(0, SIZE) == [(SIZE, HOLE)]
+    await temp.pwrite(0, b"\xff" * SIZE)
+    await temp.trim(1 << 20, SIZE - (1 << 20))
+    assert temp.used_bytes() == 1 << 20
+    temp.close()
+
+
+def test_where_space_is_told_of_later_the_hole_size_is_the_block_size(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", lambda descriptor: SimpleNamespace(st_blocks=0, st_mode=0))
+        temp = TempImage.create(directory, "vda@nightly", SIZE)
+    assert temp.hole_size == os.statvfs(directory).f_bsize
+    temp.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "cluster_size", "whole"),
+    [
+        (SIZE, None, SIZE),
+        (SIZE, 512, (1 << 20) + 65536),
+        (SIZE, 1 << 17, (1 << 20) + (1 << 17)),
+        (1 << 20, 1 << 17, 1 << 20),
+    ],
+)
+def test_an_image_for_clusters_is_a_whole_number_of_them_and_of_holes(
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    cluster_size: int | None,
+    whole: int,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", Allocating(65536))
+        temp = TempImage.create(directory, "vda@nightly", size, cluster_size=cluster_size)
+    assert temp.size == whole
     temp.close()
 
 
