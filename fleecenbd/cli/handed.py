@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import socket
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -96,8 +97,26 @@ def starting_client(endpoints: list[Endpoint]) -> int | None:
     """The pid of the client that started us for itself by socket activation, or None.
 
     It made the socket, and is our parent: so does libnbd, and nobody else will ever connect
-    when it has gone. systemd's sockets are left to systemd.
+    when it has gone. It may have: then we have another parent, and the socket a maker that is
+    no more. systemd's sockets are left to systemd, which never ends.
     """
     parent = os.getppid()
     makers = {maker_pid(endpoint.socket) for endpoint in endpoints}
-    return parent if makers == {parent} and parent > 1 else None
+    maker = makers.pop()
+    if makers or maker is None or maker <= 1:
+        return None
+    return maker if maker == parent or _has_ended(maker) else None
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a process is no more, or has yet to be waited for by its parent."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError as error:
+        return error.errno == errno.ESRCH
+    try:
+        ends = select.poll()
+        ends.register(descriptor, select.POLLIN)
+        return bool(ends.poll(0))
+    finally:
+        os.close(descriptor)

@@ -42,17 +42,25 @@ class Stopping:
             self.at_once.set()
 
     def ask_at_end_of(self, pid: int) -> None:
-        """Stop when that process has ended. It may have: then nothing happens."""
+        """Stop when that process, the client that started us, has ended: it may have already."""
+
+        def has_gone() -> None:
+            if not self.asked.is_set():
+                self.ask(f"the client that started this server (pid {pid}) has gone")
+
         try:
             descriptor = os.pidfd_open(pid)
-        except OSError:
+        except ProcessLookupError:
+            has_gone()
+            return
+        except OSError as error:
+            logger.warning("serving on when the client (pid %d) goes: %s", pid, error)
             return
         loop = asyncio.get_running_loop()
 
         def ended() -> None:
             loop.remove_reader(descriptor)
             os.close(descriptor)
-            if not self.asked.is_set():
-                self.ask(f"the client that started this server (pid {pid}) has gone")
+            has_gone()
 
         loop.add_reader(descriptor, ended)

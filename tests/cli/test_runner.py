@@ -1,8 +1,10 @@
 """A server's life, step by step: what comes before what, and how it is ended."""
 
 import asyncio
+import errno
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 import pytest
 
 from fleecenbd.cli import runner
-from fleecenbd.cli.endpoints import Addresses
+from fleecenbd.cli.endpoints import Addresses, Endpoint
 from fleecenbd.cli.errors import CommandError
+from fleecenbd.cli.handed import starting_client
 from fleecenbd.cli.images import TempDirectory, open_disks
 from fleecenbd.cli.options import ServeOptions
 from fleecenbd.cli.stopping import Stopping
@@ -236,15 +239,59 @@ async def test_the_end_of_another_process_asks_to_stop_and_never_at_once(
     assert not stopping.at_once.is_set()
 
 
-async def test_the_end_of_a_process_that_is_no_more_asks_nothing(
+async def test_the_end_of_a_process_that_is_no_more_asks_at_once_to_stop(
     another_process: "subprocess.Popen[bytes]",
 ) -> None:
     another_process.kill()
     another_process.wait()
     stopping = Stopping()
-    stopping.ask_at_end_of(another_process.pid)
-    await asyncio.sleep(0)
+    for _ in range(2):
+        stopping.ask_at_end_of(another_process.pid)
+    assert stopping.asked.is_set()
+    assert not stopping.at_once.is_set()
+
+
+async def test_a_process_whose_end_cannot_be_seen_is_told_of_and_asks_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(pid: int) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", refused)
+    stopping = Stopping()
+    stopping.ask_at_end_of(4711)
     assert not stopping.asked.is_set()
+    assert "4711" in caplog.text
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_a_client_that_ended_before_the_server_was_up_is_the_starter_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reaped: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("f.sock")
+        maker = os.fork()
+        if maker == 0:
+            listening.listen()
+            os._exit(0)
+        os.waitid(os.P_PID, maker, os.WEXITED | (0 if reaped else os.WNOWAIT))
+        assert starting_client([Endpoint(listening, False)]) == maker
+        if not reaped:
+            os.waitpid(maker, 0)
+
+
+def test_a_maker_that_is_alive_and_not_our_parent_did_not_start_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket() as another:
+        listening.bind("f.sock")
+        listening.listen()
+        assert starting_client([Endpoint(listening, False)]) is None
+        another.bind(("127.0.0.1", 0))
+        another.listen()
+        assert starting_client([Endpoint(another, False)]) is None
 
 
 def test_temp_images_are_as_large_as_whole_clusters(tmp_path: Path, disks: list[Disk]) -> None:
