@@ -60,13 +60,21 @@ class RequestDecoder:
     """Takes bytes as they come, hands out requests that are complete.
 
     ``extended``: NBD_OPT_EXTENDED_HEADERS was agreed. ``payload_max``: bytes; a longer payload
-    is a ProtocolError. Does not check what is asked: see fleecenbd.nbd.validation.
+    is a ProtocolError. ``keep_writes``: False where every WRITE is refused: its payload is read
+    and dropped, and handed out as b"". Does not check what is asked: see fleecenbd.nbd.validation.
     """
 
-    def __init__(self, *, extended: bool = False, payload_max: int = PAYLOAD_MAX) -> None:
+    def __init__(
+        self,
+        *,
+        extended: bool = False,
+        payload_max: int = PAYLOAD_MAX,
+        keep_writes: bool = True,
+    ) -> None:
         header = _EXTENDED if extended else _COMPACT
         self._extended = extended
         self._payload_max = payload_max
+        self._keep_writes = keep_writes
         self._unpack = header.unpack_from
         self._header_size = header.size
         self._magic = NBD_EXTENDED_REQUEST_MAGIC if extended else NBD_REQUEST_MAGIC
@@ -135,9 +143,10 @@ class RequestDecoder:
             raise ProtocolError(
                 f"a payload of {length} bytes was announced; at most {self._payload_max} are taken"
             )
-        keep = header[1] == NBD_CMD_WRITE or (
-            header[1] == NBD_CMD_BLOCK_STATUS and length <= CONTEXT_FILTER_MAX
-        )
+        if header[1] == NBD_CMD_WRITE:
+            keep = self._keep_writes
+        else:
+            keep = header[1] == NBD_CMD_BLOCK_STATUS and length <= CONTEXT_FILTER_MAX
         end = begin + length
         if end > self._size:
             self._position = begin

@@ -91,7 +91,10 @@ class Transmission:
         self._budget = budget
         self._drop = drop
         self._loop = asyncio.get_running_loop()
-        self._decoder = RequestDecoder(extended=negotiated.reply_mode is ReplyMode.EXTENDED)
+        self._decoder = RequestDecoder(
+            extended=negotiated.reply_mode is ReplyMode.EXTENDED,
+            keep_writes=negotiated.info.can_write,
+        )
         self._replies = _REPLIES[negotiated.reply_mode]()
         self._check = negotiated.request_rules().check
         self._contexts = negotiated.contexts

@@ -320,3 +320,16 @@ def test_garbage_alone_never_ends_in_another_exception(extended: bool, feeds: li
     except ProtocolError:
         assert fed >= 28
     assert decoder.buffered == fed
+
+
+@pytest.mark.parametrize("step", [7, 1 << 20])
+def test_payloads_of_writes_that_are_all_refused_are_dropped_as_they_come(step: int) -> None:
+    decoder = RequestDecoder(keep_writes=False)
+    data = wire.request(wire.WRITE, 1, 0, 20000, payload=b"x" * 20000)
+    data += wire.request(wire.READ, 2, 0, 512)
+    got = []
+    for begin in range(0, len(data), step):
+        decoder.feed(data[begin : begin + step])
+        got += drain(decoder)
+        assert decoder.buffered < 28
+    assert got == [(0, wire.WRITE, 1, 0, 20000, b""), (0, wire.READ, 2, 0, 512, None)]
