@@ -187,35 +187,49 @@ async def _run_command(
         raise CommandError(f"cannot run the command of --run: {reason(error)}") from error
     ended = asyncio.create_task(process.wait())
     asked = asyncio.create_task(stopping.asked.wait())
-    await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
-    asked.cancel()
-    if not ended.done():
-        # At a terminal it has had the signal already; once more does no harm.
-        process.terminate()
-        await asyncio.wait({ended}, timeout=COMMAND_TIMEOUT_S)
+    at_once = asyncio.create_task(stopping.at_once.wait())
+    try:
+        await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            # At a terminal it has had the signal already; once more does no harm.
+            with suppress(ProcessLookupError):
+                process.terminate()
+            await asyncio.wait(
+                {ended, at_once},
+                timeout=COMMAND_TIMEOUT_S,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
         if not ended.done():
             logger.warning("the command of --run (pid %d) goes on", process.pid)
-            ended.cancel()
             return 1
-    status = ended.result()
-    return 128 - status if status < 0 else status
+        status = ended.result()
+        return 128 - status if status < 0 else status
+    finally:
+        for task in (ended, asked, at_once):
+            task.cancel()
 
 
 async def _stop(server: Server, stopping: Stopping) -> bool:
     """Stop the server; False where it was at once, or it failed."""
     stop = asyncio.create_task(server.stop())
     at_once = asyncio.create_task(stopping.at_once.wait())
-    await asyncio.wait({stop, at_once}, return_when=asyncio.FIRST_COMPLETED)
-    at_once.cancel()
-    if not stop.done():
-        server.abort()
-        return False
-    if (error := stop.exception()) is not None:
-        logger.error("the server did not stop as it should", exc_info=error)
-        return False
+    try:
+        await asyncio.wait({stop, at_once}, return_when=asyncio.FIRST_COMPLETED)
+        if not stop.done():
+            server.abort()
+            return False
+        if (error := stop.exception()) is not None:
+            logger.error("the server did not stop as it should", exc_info=error)
+            return False
+        return True
+    finally:
+        await _end_tasks()
+
+
+async def _end_tasks() -> None:
+    """Cancel what is left running, and let it end: the loop would complain of what is not."""
     left = asyncio.all_tasks() - {asyncio.current_task()}
     for task in left:
         task.cancel()
     if left:
         await asyncio.wait(left, timeout=TASKS_TIMEOUT_S)
-    return True
