@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fleecenbd.cli.errors import CommandError, UsageError, reason
+from fleecenbd.cli.places import make_private_directory
 from fleecenbd.cli.values import DiskSpec
 from fleecenbd.engine.disk import Disk
 from fleecenbd.storage.device import Device
@@ -96,7 +97,10 @@ def _refuse_container(spec: DiskSpec) -> None:
 
 
 class TempDirectory:
-    """Where temp images are made, in a thread: the directory's disk may hang."""
+    """Where temp images are made, in a thread: the directory's disk may hang.
+
+    The directory is made with the first of them.
+    """
 
     def __init__(self, path: Path, session: str) -> None:
         self.path = path
@@ -108,5 +112,6 @@ class TempDirectory:
         return await self._pool.run(self._create, disk.name, disk.size, cluster_size)
 
     def _create(self, name: str, size: int, cluster_size: int) -> Device:
+        make_private_directory(self.path)
         image = f"{name}@{self._session}"
         return TempImage.create(self.path, image, size, cluster_size=cluster_size)

@@ -22,7 +22,6 @@ from fleecenbd.cli.errors import CommandError, reason
 from fleecenbd.cli.handed import NOTHING_HANDED, Handed
 from fleecenbd.cli.images import TempDirectory
 from fleecenbd.cli.options import ServeOptions
-from fleecenbd.cli.places import make_private_directory
 from fleecenbd.cli.stopping import Stopping
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server.guest_records import GuestRecords
@@ -131,7 +130,6 @@ async def _begin(server: Server, options: ServeOptions, session: str) -> None:
     directory = options.state_directory
     assert directory is not None, "a session needs a state directory"
     try:
-        make_private_directory(directory)
         temp = TempDirectory(directory, session)
         await server.begin(session, None, options.session_options, temp.make)
     except OSError as error:

@@ -6,13 +6,14 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fleecenbd.cli import runner
+from fleecenbd.cli import images, runner
 from fleecenbd.cli.endpoints import Addresses, Endpoint
 from fleecenbd.cli.errors import CommandError
 from fleecenbd.cli.handed import starting_client
@@ -108,7 +109,25 @@ def test_a_session_that_cannot_begin_lets_nobody_in(
     Path("state").touch()
     with pytest.raises(CommandError, match="cannot begin session n: state"):
         _run(_options(session="n"), disks)
-    assert steps.seen == ["STOPPING=1 f.sock", "stop"]
+    assert steps.seen == ["begin f.sock", "STOPPING=1 f.sock", "stop"]
+
+
+def test_a_signal_ends_a_server_whose_state_directory_hangs(
+    disks: list[Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(monkeypatch)
+    gate = threading.Event()
+    over = []
+
+    def hang(path: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        over.append(gate.wait(10))
+
+    monkeypatch.setattr(images, "make_private_directory", hang)
+    assert _run(_options(session="n"), disks) == 0
+    assert over == []
+    gate.set()
+    assert steps.seen == ["begin f.sock", "STOPPING=1 f.sock", "stop"]
 
 
 def test_a_signal_while_the_session_begins_ends_the_server(
