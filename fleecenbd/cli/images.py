@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import stat
@@ -108,10 +109,23 @@ class TempDirectory:
         self._pool = ThreadPool(str(path), "temp images", size_max=1)
 
     async def make(self, disk: Disk, cluster_size: int) -> Device:
-        """An empty temp image for the disk (engine.session.MakeTemp). Raises OSError."""
-        return await self._pool.run(self._create, disk.name, disk.size, cluster_size)
+        """An empty temp image for the disk (engine.session.MakeTemp). Raises OSError.
+
+        An image that nobody waits for any more when it is made is closed.
+        """
+        making = self._pool.run(self._create, disk.name, disk.size, cluster_size)
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            making.add_done_callback(_close_made)
+            raise
 
     def _create(self, name: str, size: int, cluster_size: int) -> Device:
         make_private_directory(self.path)
         image = f"{name}@{self._session}"
         return TempImage.create(self.path, image, size, cluster_size=cluster_size)
+
+
+def _close_made(making: asyncio.Future[Device]) -> None:
+    if not making.cancelled() and making.exception() is None:
+        making.result().close()

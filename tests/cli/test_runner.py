@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from fleecenbd.cli.stopping import Stopping
 from fleecenbd.cli.values import DiskSpec
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server.server import Server
+from fleecenbd.storage.temp import TempImage
 
 pytestmark = pytest.mark.usefixtures("own_logs")
 
@@ -311,6 +313,60 @@ def test_a_maker_that_is_alive_and_not_our_parent_did_not_start_us(
         another.bind(("127.0.0.1", 0))
         another.listen()
         assert starting_client([Endpoint(another, False)]) is None
+
+
+async def test_a_temp_image_that_nobody_waits_for_any_more_is_closed(
+    tmp_path: Path, disks: list[Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, gate = threading.Event(), threading.Event()
+    made: list[TempImage] = []
+    create = TempImage.create
+
+    def slow(*arguments: Any, **options: Any) -> TempImage:
+        entered.set()
+        assert gate.wait(10)
+        made.append(create(*arguments, **options))
+        return made[0]
+
+    monkeypatch.setattr(TempImage, "create", slow)
+    directory = TempDirectory(tmp_path / "state", "n")
+    making = asyncio.create_task(directory.make(disks[0], 4096))
+    await asyncio.to_thread(entered.wait, 10)
+    making.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await making
+    gate.set()
+    # Its only thread has then made the image, and has told of it.
+    await asyncio.wait_for(directory._pool.run(int), 10)
+    await asyncio.wait_for(made[0].wait_closed(), 10)
+    disks[0].device.close()
+
+
+async def test_a_temp_image_that_fails_when_nobody_waits_any_more_is_no_matter(
+    tmp_path: Path,
+    disks: list[Disk],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gate = threading.Event()
+
+    def fail(*arguments: Any, **options: Any) -> TempImage:
+        assert gate.wait(10)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TempImage, "create", fail)
+    directory = TempDirectory(tmp_path / "state", "n")
+    making = asyncio.create_task(directory.make(disks[0], 4096))
+    await asyncio.sleep(0)
+    making.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await making
+    gate.set()
+    await asyncio.wait_for(directory._pool.run(int), 10)
+    del making
+    gc.collect()
+    assert caplog.messages == []
+    disks[0].device.close()
 
 
 def test_temp_images_are_as_large_as_whole_clusters(tmp_path: Path, disks: list[Disk]) -> None:
