@@ -3,7 +3,8 @@
 A Unix socket, step by step, under a lock on its directory (so that of two servers that start at
 once, one is refused):
 
-    1  a socket file that nobody listens on is removed; one that is alive is an error
+    1  a socket file that nobody listens on is removed, but not without the lock, for it may be
+       another server's that is about to listen; one that is alive is an error
     2  fchmod(0) on the unbound socket: Linux gives the file this mode, whatever the umask
     3  bind; then the group, then the mode that was asked for; then listen
 
@@ -71,8 +72,8 @@ def listen_unix(path: str, *, mode: int = 0o600, group: int | None = None) -> Un
         )
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with _locked_directory(path):
-            _remove_stale(path)
+        with _locked_directory(path) as is_locked:
+            _remove_stale(path, is_locked)
             os.fchmod(sock.fileno(), 0)
             try:
                 sock.bind(path)
@@ -97,14 +98,14 @@ def listen_unix(path: str, *, mode: int = 0o600, group: int | None = None) -> Un
 
 
 @contextmanager
-def _locked_directory(path: str) -> Iterator[None]:
-    """Keep other servers from starting in the same directory; only for so long."""
+def _locked_directory(path: str) -> Iterator[bool]:
+    """Keep other servers from starting in the same directory; False: it cannot be locked."""
     directory = os.path.dirname(path) or "."
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.EACCES:  # one may bind in it, but not read it
-            yield
+            yield False
             return
         if error.errno == errno.ENOENT:
             text = "its directory does not exist; make it, or choose another path"
@@ -112,21 +113,22 @@ def _locked_directory(path: str) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, path) from None
     try:
         deadline = time.monotonic() + _DIRECTORY_LOCK_S
-        while True:
+        is_locked = False
+        while not is_locked:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                is_locked = True
             except OSError:
                 # A courtesy between servers: whoever else locks directories cannot keep us out.
                 if time.monotonic() > deadline:
                     break
                 time.sleep(0.01)
-        yield
+        yield is_locked
     finally:
         os.close(descriptor)
 
 
-def _remove_stale(path: str) -> None:
+def _remove_stale(path: str, is_locked: bool) -> None:
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -154,6 +156,13 @@ def _remove_stale(path: str) -> None:
             raise _in_use(path) from None  # EAGAIN: too busy to answer, but alive
         else:
             raise _in_use(path)
+    if not is_locked:
+        raise OSError(
+            errno.EBUSY,
+            "a socket that nobody listens on is there, and its directory cannot be locked, so "
+            "that another server may be about to take it; remove it if there is none",
+            path,
+        )
     os.unlink(path)
 
 

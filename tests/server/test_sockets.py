@@ -7,7 +7,7 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,39 @@ def test_somebody_who_keeps_the_directory_locked_delays_a_server_and_no_more(
     assert _connects(path)
     os.close(directory)
     listener.socket.close()
+
+
+@pytest.mark.parametrize("why", ["locked", "cannot be locked", "cannot be read"])
+def test_a_dead_socket_is_replaced_by_nobody_who_has_not_locked_the_directory(
+    path: str, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr(sockets, "_DIRECTORY_LOCK_S", 0.0)
+    _leave_stale(path)
+    inode = os.lstat(path).st_ino
+    directory = os.open(".", os.O_RDONLY)
+    if why == "locked":
+        fcntl.flock(directory, fcntl.LOCK_EX)
+    elif why == "cannot be locked":
+        monkeypatch.setattr(fcntl, "flock", _refusing(errno.ENOLCK))
+    else:
+        monkeypatch.setattr(os, "open", _refusing(errno.EACCES))
+    # Another one that starts could take the path between our look at the socket and its end.
+    with pytest.raises(OSError, match=r"cannot be locked.*remove it") as caught:
+        listen_unix(path)
+    assert caught.value.filename == path
+    assert os.lstat(path).st_ino == inode
+    os.unlink(path)
+    listener = listen_unix(path)
+    assert _connects(path)
+    listener.socket.close()
+    os.close(directory)
+
+
+def _refusing(error: int) -> Callable[..., int]:
+    def refuse(*arguments: object) -> int:
+        raise OSError(error, os.strerror(error))
+
+    return refuse
 
 
 def test_removing_takes_the_file_away_and_not_the_connections(path: str) -> None:
