@@ -167,6 +167,8 @@ class SnapshotAccess:
         map and reads there fails loudly. Raises OSError when broken or finished.
         """
         extents = await windowed_status(self._window_status, offset, length, one=one)
+        if self._state.dead:
+            raise self._state.death()
         return self._unreadable_as_data(offset, extents)
 
     def _unreadable_as_data(self, offset: int, extents: list[Extent]) -> list[Extent]:

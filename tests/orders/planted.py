@@ -45,11 +45,23 @@ ORDERS_ONLY = (
             (
                 "        extents = await windowed_status("
                 "self._window_status, offset, length, one=one)\n"
+                "        if self._state.dead:\n            raise self._state.death()\n"
                 "        return self._unreadable_as_data(offset, extents)\n",
                 "        async def window(start: int, run: int) -> list[Extent]:\n"
                 "            return self._unreadable_as_data("
                 "start, await self._window_status(start, run))\n\n"
                 "        return await windowed_status(window, offset, length, one=one)\n",
+            ),
+        ),
+    ),
+    PlantedBug(
+        "block status does not look at the session's end after its last turn",
+        "snapshot_access",
+        (
+            (
+                "        if self._state.dead:\n            raise self._state.death()\n"
+                "        return self._unreadable",
+                "        return self._unreadable",
             ),
         ),
     ),

@@ -422,7 +422,7 @@ MAPPING = (
     Scenario(
         "guest_reads",
         "a guest reads while others write: what it sees is of some write",
-        {"g1": (write(0),), "g2": (zero(0),), "l1": (look(0), look(0))},
+        {"g1": (write(0),), "g2": (zero(0.0625, 0.5),), "l1": (look(0), look(0))},
         halves=True,
     ),
 )
@@ -481,6 +481,12 @@ ARMING = (
         "a session is finished with a copy in flight, another one begun at once and read",
         {"g1": (write(0),), "c": (finish("a"), arm("b"), write(0), read(0, of="b"))},
         sessions=(Session("a"), Session("b", armed=False)),
+    ),
+    Scenario(
+        "finish_status",
+        "a session is finished while a status request of its waits for its next turn",
+        {"s1": (status(0),), "e": (finish(),)},
+        every_step=True,
     ),
     Scenario(
         "finish_reads",
