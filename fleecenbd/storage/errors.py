@@ -5,6 +5,11 @@ from __future__ import annotations
 import errno
 
 
+def named_error(error: OSError, name: str) -> OSError:
+    """The same, with the device's name: a system call on a descriptor does not know it."""
+    return OSError(error.errno, error.strerror, name)
+
+
 def closed_error(name: str) -> OSError:
     """A call on a device after its close()."""
     return OSError(errno.EBADF, "the device was closed", name)

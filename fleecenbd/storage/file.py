@@ -43,7 +43,7 @@ from typing import Any, Protocol
 
 from fleecenbd.storage import system_calls
 from fleecenbd.storage.device import Buffer, Data, Extent
-from fleecenbd.storage.errors import closed_error, read_only_error
+from fleecenbd.storage.errors import closed_error, named_error, read_only_error
 from fleecenbd.storage.filesystem import Medium, hole_size_of, medium_of
 from fleecenbd.storage.locks import LockMode, lock_image
 from fleecenbd.storage.pool import SIZE_MAX, ThreadPool
@@ -186,12 +186,17 @@ class FileDevice:
                 return buffer
         except BlockingIOError:
             pass
+        except OSError as error:
+            raise named_error(error, self.name) from None
         return None
 
     def _pread_memory(self, offset: int, length: int) -> Buffer | None:
         if length > NOW_LENGTH_MAX:
             return None
-        data = _pread(self._descriptor, length, offset)
+        try:
+            data = _pread(self._descriptor, length, offset)
+        except OSError as error:
+            raise named_error(error, self.name) from None
         return data if len(data) == length else None
 
     def _pread_never(self, offset: int, length: int) -> Buffer | None:
@@ -213,7 +218,10 @@ class FileDevice:
         if (offset | length) & _PAGE_MASK and not self._edges_are_cached(offset, length):
             return False
         sleeps = _getrusage(_RUSAGE_THREAD).ru_nvcsw
-        written = _pwrite(self._descriptor, data, offset)
+        try:
+            written = _pwrite(self._descriptor, data, offset)
+        except OSError as error:
+            raise named_error(error, self.name) from None
         ended = monotonic()
         if ended - started > WRITE_SLOW_S and _getrusage(_RUSAGE_THREAD).ru_nvcsw > sleeps:
             spared = max(self._write_inline_from, ended - STALL_MAX_S / STALL_SHARE)
@@ -226,7 +234,10 @@ class FileDevice:
         length = len(data)
         if length > NOW_LENGTH_MAX:
             return False
-        written = _pwrite(self._descriptor, data, offset)
+        try:
+            written = _pwrite(self._descriptor, data, offset)
+        except OSError as error:
+            raise named_error(error, self.name) from None
         if written != length:
             self._write_rest(offset, data, written)
         return True
@@ -265,8 +276,8 @@ class FileDevice:
                 if edge & _PAGE_MASK and edge < self.size:
                     # One byte tells. A page that leaves the cache just now is bad luck.
                     _preadv(self._descriptor, (bytearray(1),), edge, _RWF_NOWAIT)
-        except BlockingIOError:
-            return False
+        except OSError:
+            return False  # not cached, or not to be read: the write itself says what of it
         return True
 
     # Space

@@ -1,6 +1,6 @@
 """System calls that Python lacks or leaves half done: for a pool's threads, since they block.
 
-All of them take a file descriptor and the image's name, and raise OSError with that name.
+They take a file descriptor. Those that take the image's name too raise OSError with that name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import stat
 import struct
 
 from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO, Data, Extent
-from fleecenbd.storage.errors import shrank_error
+from fleecenbd.storage.errors import named_error, shrank_error
 
 # From linux/falloc.h.
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -40,32 +40,37 @@ _fallocate.restype = ctypes.c_int
 
 def read_all(descriptor: int, offset: int, length: int, name: str) -> bytes:
     """Read exactly ``length`` bytes; EIO where the image ends before."""
-    data = os.pread(descriptor, length, offset)
-    if len(data) == length:
-        return data
-    pieces = [data]
-    done = len(data)
-    while done < length:
-        data = os.pread(descriptor, length - done, offset + done)
-        if not data:
-            raise shrank_error(name, offset + done)
+    pieces: list[bytes] = []
+    done = 0
+    while True:
+        try:
+            data = os.pread(descriptor, length - done, offset + done)
+        except OSError as error:
+            raise named_error(error, name) from None
+        if len(data) == length:
+            return data
         pieces.append(data)
         done += len(data)
-    return b"".join(pieces)
+        if done == length:
+            return b"".join(pieces)
+        if not data:
+            raise shrank_error(name, offset + done)
 
 
 def write_all(descriptor: int, offset: int, data: Data, name: str) -> None:
     """Write all of ``data``, in as many calls as it takes."""
-    written = os.pwrite(descriptor, data, offset)
-    length = len(data)
-    if written == length:
-        return
-    view = memoryview(data)
-    while written < length:
-        count = os.pwrite(descriptor, view[written:], offset + written)
+    rest = memoryview(data)
+    while True:
+        try:
+            count = os.pwrite(descriptor, rest, offset)
+        except OSError as error:
+            raise named_error(error, name) from None
+        if count == len(rest):
+            return
         if count == 0:
-            raise OSError(errno.EIO, f"nothing could be written at offset {offset + written}", name)
-        written += count
+            raise OSError(errno.EIO, f"nothing could be written at offset {offset}", name)
+        rest = rest[count:]
+        offset += count
 
 
 def write_zeroes(descriptor: int, offset: int, length: int, name: str) -> None:
@@ -90,7 +95,7 @@ def discard(descriptor: int, offset: int, length: int, name: str) -> None:
     try:
         fcntl.ioctl(descriptor, _BLKDISCARD, struct.pack("QQ", offset, length))
     except OSError as error:
-        raise OSError(error.errno, error.strerror, name) from None
+        raise named_error(error, name) from None
 
 
 def image_size(descriptor: int) -> int:

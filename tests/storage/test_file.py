@@ -319,6 +319,37 @@ async def test_an_image_that_shrank_is_eio_and_says_so(image: Path, medium: Medi
     device.close()
 
 
+@pytest.mark.parametrize("medium", list(Medium))
+async def test_every_failure_to_read_or_write_names_the_image(
+    image: Path, monkeypatch: pytest.MonkeyPatch, medium: Medium
+) -> None:
+    def failing(*arguments: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    device = opened(image, medium)
+    for module in (os, file_module):
+        for name in ("pread", "preadv", "pwrite"):
+            prefix = "" if module is os else "_"
+            monkeypatch.setattr(module, prefix + name, failing)
+    failures: list[OSError] = []
+    for call, *arguments in (
+        (device.pread_now, 0, 4096),
+        (device.pwrite_now, 0, bytes(4096)),
+        (device.pread, 0, 4096),
+        (device.pwrite, 0, bytes(4096)),
+    ):
+        try:
+            answer = call(*arguments)
+            if answer is not None and answer is not False:
+                await answer
+        except OSError as error:
+            failures.append(error)
+    assert len(failures) == {Medium.SLOW: 2, Medium.UNCACHED_READS: 3}.get(medium, 4)
+    for failure in failures:
+        assert (failure.errno, failure.filename) == (errno.EIO, str(image))
+    device.close()
+
+
 async def test_a_flush_that_failed_fails_for_good(
     image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,27 @@ def test_a_failed_fallocate_names_the_image(descriptor: int) -> None:
         fallocate(descriptor, 0, 0, 0, "disk")
 
 
+@pytest.mark.parametrize("call", ["pread", "pwrite"])
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_failed_read_or_write_names_the_image(
+    descriptor: int, monkeypatch: pytest.MonkeyPatch, call: str, after: int
+) -> None:
+    original = getattr(os, call)
+    counts = iter(range(2))
+
+    def failing(number: int, what: int | memoryview, offset: int) -> bytes | int:
+        if next(counts) == after:
+            raise OSError(errno.EIO, "Input/output error")
+        part: bytes | int = original(number, 100 if call == "pread" else what[:100], offset)
+        return part
+
+    monkeypatch.setattr(os, call, failing)
+    tried = system_calls.read_all if call == "pread" else system_calls.write_zeroes
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        tried(descriptor, BLOCK, 4096, "disk")
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, "disk")
+
+
 def test_a_write_that_makes_no_progress_ends_in_an_error(
     descriptor: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
