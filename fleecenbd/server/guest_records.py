@@ -6,8 +6,8 @@ is connected to a disk that it may write, a small file in the state directory sa
 given; it goes when the guest leaves by itself, and stays when the server goes first, killed or
 not. The next server compares, and refuses to start. (docs/semantics.md, section 9)
 
-A guest on a Unix socket is known by its process: once that has ended, or the machine was started
-again, the file means nothing.
+A guest on a Unix socket is known by its process, a number and the moment when it was started:
+once that has ended, or the machine was started again, the file means nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fleecenbd.storage.pool import ThreadPool
 logger = logging.getLogger(__name__)
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+PROCESSES = Path("/proc")
 
 
 class GuestRecords:
@@ -47,12 +48,13 @@ class GuestRecords:
         try:
             record = json.loads(path.read_text())
             was, pid, boot = int(record["size"]), record["pid"], record["boot"]
+            started = record["started"]
         except (FileNotFoundError, NotADirectoryError):
             return
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s says nothing that can be read (%r): ignored", path, error)
             return
-        if pid is not None and (boot != _boot_id() or not _is_running(int(pid))):
+        if pid is not None and (boot != _boot_id() or not _is_running(int(pid), started)):
             return
         guest = f"its guest (pid {pid})" if pid is not None else "its guest"
         if was != size:
@@ -70,8 +72,18 @@ class GuestRecords:
 
     def came(self, image: str, size: int, pid: int | None) -> None:
         """A guest has connected, and may write. ``pid`` None: it is on another machine."""
-        record = {"image": str(image), "size": size, "pid": pid, "boot": _boot_id()}
-        self._do(lambda: self._write(self._path(image), json.dumps(record)))
+
+        def note() -> None:
+            record = {
+                "image": str(image),
+                "size": size,
+                "pid": pid,
+                "started": _started(pid) if pid is not None else None,
+                "boot": _boot_id(),
+            }
+            self._write(self._path(image), json.dumps(record))
+
+        self._do(note)
 
     def left(self, image: str) -> None:
         """The guest has left by itself."""
@@ -113,11 +125,23 @@ def _boot_id() -> str:
     return BOOT_ID.read_text().strip()
 
 
-def _is_running(pid: int) -> bool:
+def _is_running(pid: int, started: int | None) -> bool:
+    """Whether the process runs that had this number, and was started then (None: not known)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return True
+    # What cannot be told (hidepid of proc(5)) is taken for the guest: it loses nothing by that.
+    return started is None or _started(pid) in (started, None)
+
+
+def _started(pid: int) -> int | None:
+    """When the process was started, in clock ticks since boot; None where that is not told."""
+    try:
+        text = (PROCESSES / str(pid) / "stat").read_bytes()
+    except OSError:
+        return None
+    # proc(5): field 22; the second one, the name, is in parentheses and may hold anything.
+    return int(text.rpartition(b")")[2].split()[22 - 3])

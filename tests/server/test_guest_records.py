@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import nbd
 import pytest
 
+from fleecenbd.server import guest_records
 from fleecenbd.server.guest_records import GuestRecords
 from tests.disks import MIB, make_disk
 from tests.serving import FLEECENBD, Serving, serving, try_run
@@ -60,6 +62,39 @@ async def test_a_guest_whose_process_has_ended_does_not_come_back(tmp_path: Path
     records.check("vm", "vm.raw", 2 * MIB, writable=False)
 
 
+async def test_another_process_with_the_guest_s_number_is_not_the_guest(tmp_path: Path) -> None:
+    records = await _noted(tmp_path)
+    (path,) = (tmp_path / "state" / "guests").iterdir()
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "started": record["started"] - 1}))
+    records.check("vm", "vm.raw", 2 * MIB, writable=False)
+
+
+@pytest.mark.parametrize("when", ["then", "now"])
+async def test_a_guest_whose_process_hides_its_start_is_known_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    hidden = tmp_path / "empty"
+    with monkeypatch.context() as patch:
+        if when == "then":
+            patch.setattr(guest_records, "PROCESSES", hidden)
+        records = await _noted(tmp_path)
+    if when == "now":
+        monkeypatch.setattr(guest_records, "PROCESSES", hidden)
+    with pytest.raises(OSError, match=f"pid {HERE}"):
+        records.check("vm", "vm.raw", 2 * MIB, writable=True)
+
+
+def test_a_process_s_start_is_found_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guest_records, "PROCESSES", tmp_path)
+    (tmp_path / "7").mkdir()
+    fields = " ".join(str(number) for number in range(4, 53))
+    (tmp_path / "7" / "stat").write_bytes(b"7 (a) R (\xff) S " + fields.encode() + b"\n")
+    assert guest_records._started(7) == 22
+
+
 async def test_a_guest_of_before_the_last_boot_does_not_come_back(tmp_path: Path) -> None:
     records = await _noted(tmp_path)
     (path,) = (tmp_path / "state" / "guests").iterdir()
@@ -92,6 +127,25 @@ async def test_a_state_directory_that_cannot_be_written_is_told_and_hurts_nobody
     records = await _noted(tmp_path)
     assert "cannot be noted" in caplog.text
     records.check("vm", "vm.raw", MIB, writable=True)
+
+
+async def test_a_record_that_no_thread_can_write_is_told_and_hurts_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    await _noted(tmp_path)
+    assert "cannot be noted" in caplog.text
+
+
+async def test_a_machine_that_does_not_tell_its_boot_hurts_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(guest_records, "BOOT_ID", tmp_path / "missing")
+    await _noted(tmp_path)
+    assert "cannot be noted" in caplog.text
 
 
 def _connect(server: Serving) -> nbd.NBD:
