@@ -38,13 +38,28 @@ class ClientCatalog:
 
     def info(self, name: str) -> ExportInfo:
         """What the export is; takes no place."""
-        return self._clients.find_export(name, self._connection.backup_only).info
+        return self._find(name).info
 
     def open(self, name: str) -> tuple[ExportInfo, object]:
         """Take a place at the export, or NBD_REP_ERR_POLICY with the reason."""
-        export = self._clients.find_export(name, self._connection.backup_only)
-        self._clients.take_place(export)
+        export = self._find(name)
+        try:
+            self._clients.take_place(export)
+        except NegotiationError as error:
+            self._log(error)
+            raise
         return export.info, export
+
+    def _find(self, name: str) -> Export:
+        try:
+            return self._clients.find_export(name, self._connection.backup_only)
+        except NegotiationError as error:
+            self._log(error)
+            raise
+
+    def _log(self, error: NegotiationError) -> None:
+        """Clients seldom show the text that they are sent."""
+        logger.info("%s: refused: %s", self._connection.peer, error.text)
 
 
 class Clients:

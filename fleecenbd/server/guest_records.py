@@ -48,7 +48,7 @@ class GuestRecords:
         try:
             record = json.loads(path.read_text())
             was, pid, boot = int(record["size"]), record["pid"], record["boot"]
-            started = record["started"]
+            started = record.get("started")
         except (FileNotFoundError, NotADirectoryError):
             return
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -15,7 +15,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -110,7 +110,9 @@ class Server:
         if disk.name in self.disks:
             raise OSError(errno.EEXIST, f"there is a disk called {disk.name} already")
         self.disks[disk.name] = disk
-        self._exports[disk.name] = GuestExport(disk, read_only=self._read_only, shared=self._shared)
+        # Readers of what nobody writes are in nobody's way.
+        shared = 0 if self._read_only else self._shared
+        self._exports[disk.name] = GuestExport(disk, read_only=self._read_only, shared=shared)
 
     async def begin(
         self,
@@ -173,7 +175,12 @@ class Server:
     def _fleece_died(self, fleece: Fleece, export: FleecingExport) -> None:
         if fleece.finished:
             return  # ``finish`` closes the connections
-        logger.error("session of %s broke: %s", fleece.name, fleece.broken)
+        logger.error(
+            "session of %s broke: %s. Its guest goes on; its backup must be begun anew",
+            fleece.name,
+            fleece.broken,
+        )
+        export.info = replace(export.info, description=f"{export.info.description}, broken")
         for connection in self.clients.of(export):
             connection.fail_pending(fleece.state.death())
 

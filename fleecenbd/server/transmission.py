@@ -42,12 +42,16 @@ from fleecenbd.nbd.transmission import (
     SimpleReplies,
     StructuredReplies,
 )
+from fleecenbd.nbd.validation import COMMAND_NAMES
 from fleecenbd.server.channel import Channel
 from fleecenbd.server.exports import Export
 from fleecenbd.server.limits import Budget, ServerLimits
 from fleecenbd.server.requests import failure, perform
 
 logger = logging.getLogger(__name__)
+
+FAILURES_LOGGED = 5
+"""Failed requests of one connection that are logged above the level debug."""
 
 _REPLIES: dict[ReplyMode, type[SimpleReplies] | type[StructuredReplies]] = {
     ReplyMode.SIMPLE: SimpleReplies,
@@ -108,6 +112,7 @@ class Transmission:
         self._kept_open = False
         """Drained, and not yet to be closed."""
         self._pass_queued = False
+        self._failures = 0
 
     @property
     def tasks(self) -> set[asyncio.Task[None]]:
@@ -177,6 +182,7 @@ class Transmission:
                 flags, command, cookie, offset, length, payload = request
                 refused = check(request)
                 if refused is not None:
+                    self._log_failure(request, *refused)
                     out.append(
                         replies.error(cookie, offset, *refused, is_read=command == NBD_CMD_READ)
                     )
@@ -292,7 +298,31 @@ class Transmission:
             self._budget.give(cost)
 
     def _failure(self, request: Request, error: OSError) -> bytes:
+        self._log_failure(request, error.errno, error.strerror or str(error))
         return failure(self._replies, request, error, is_guest=self.export.is_guest)
+
+    def _log_failure(self, request: Request, number: int | None, text: str) -> None:
+        """The first ones of a connection: clients seldom show the text that they are sent."""
+        self._failures += 1
+        if self._failures > FAILURES_LOGGED or number == errno.ENOTSUP:
+            level = logging.DEBUG
+        else:
+            level = logging.WARNING if self.export.is_guest else logging.INFO
+        if not logger.isEnabledFor(level):
+            return
+        command = request[1]
+        known = command < len(COMMAND_NAMES)
+        logger.log(
+            level,
+            "%s: %s of %d bytes at %d of %s failed: %s%s",
+            self._peer,
+            COMMAND_NAMES[command] if known else f"command {command}",
+            request[4],
+            request[3],
+            self.export.info.name,
+            text,
+            " (further ones are not logged)" if self._failures == FAILURES_LOGGED else "",
+        )
 
     def _internal_error(self, request: Request) -> bytes:
         """Our own fault, in an except clause: loud here, an error of that one request there."""

@@ -33,7 +33,7 @@ WRITABLE = SEND_TRIM | SEND_WRITE_ZEROES | SEND_FAST_ZERO
         (1, False, GUEST | WRITABLE),
         (2, False, GUEST | WRITABLE | CAN_MULTI_CONN),
         (0, False, GUEST | WRITABLE | CAN_MULTI_CONN),
-        (1, True, GUEST | READ_ONLY),
+        (1, True, GUEST | READ_ONLY | CAN_MULTI_CONN),
     ],
 )
 async def test_a_guest_export_says_what_it_can(shared: int, read_only: bool, flags: int) -> None:
