@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -71,37 +70,34 @@ def open_endpoints(addresses: Addresses, cleanup: ExitStack) -> list[Endpoint]:
     are open still, for then nobody else's file can be taken for one of them. Raises CommandError.
     """
     endpoints: list[Endpoint] = []
+    files = ExitStack()
     path = addresses.unix
     try:
         if path == PRIVATE:
             directory = tempfile.mkdtemp(prefix="fleecenbd-")  # mode 0700
-            cleanup.callback(partial(shutil.rmtree, directory, ignore_errors=True))
+            files.callback(partial(shutil.rmtree, directory, ignore_errors=True))
             path = os.path.join(directory, "nbd.sock")
         elif addresses.unix_is_default:
             make_private_directory(Path(path).parent)
-        endpoints.append(_open_unix(path, addresses, cleanup.callback, backup_only=False))
+        endpoints.append(_open_unix(path, addresses, files, backup_only=False))
         if addresses.backup_unix is not None:
-            endpoints.append(
-                _open_unix(addresses.backup_unix, addresses, cleanup.callback, backup_only=True)
-            )
+            endpoints.append(_open_unix(addresses.backup_unix, addresses, files, backup_only=True))
         for port, backup_only in ((addresses.port, False), (addresses.backup_port, True)):
             if port is not None:
                 sockets = listen_tcp(addresses.host, port)
                 endpoints += [Endpoint(sock, backup_only) for sock in sockets]
-    except OSError as error:
+    except BaseException as error:
+        files.close()
         for endpoint in endpoints:
             endpoint.socket.close()
+        if not isinstance(error, OSError):
+            raise
         raise CommandError(f"cannot listen on {reason(error, path)}") from error
+    cleanup.enter_context(files)
     return endpoints
 
 
-def _open_unix(
-    path: str,
-    addresses: Addresses,
-    at_exit: Callable[[Callable[[], None]], object],
-    *,
-    backup_only: bool,
-) -> Endpoint:
+def _open_unix(path: str, addresses: Addresses, files: ExitStack, *, backup_only: bool) -> Endpoint:
     listener = listen_unix(path, mode=addresses.unix_mode, group=addresses.unix_group)
-    at_exit(listener.remove)
+    files.callback(listener.remove)
     return Endpoint(listener.socket, backup_only, os.path.abspath(path))

@@ -1,5 +1,6 @@
 """Sockets as they were asked for, and the URIs that lead to them."""
 
+import os
 import socket
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,8 +9,10 @@ import nbd
 import pytest
 
 from fleecenbd.cli.endpoints import Addresses, Endpoint, open_endpoints
+from fleecenbd.cli.errors import CommandError
 from fleecenbd.cli.options import ServeOptions
 from fleecenbd.cli.values import DiskSpec
+from fleecenbd.server.sockets import UnixListener
 
 
 def test_a_unix_uri_has_the_whole_path_and_the_export(
@@ -73,6 +76,29 @@ def test_all_sockets_are_opened_and_their_files_go(tmp_path: Path) -> None:
         assert not path.exists()
     for endpoint in endpoints:
         endpoint.socket.close()
+
+
+def test_where_one_socket_cannot_be_opened_the_files_of_others_go_while_those_are_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "f.sock"
+    were_open: list[int] = []
+    remove = UnixListener.remove
+
+    def watched(listener: UnixListener) -> None:
+        were_open.append(listener.socket.fileno())
+        remove(listener)
+
+    monkeypatch.setattr(UnixListener, "remove", watched)
+    before = len(os.listdir("/proc/self/fd"))
+    addresses = Addresses(unix=str(path), backup_unix=str(tmp_path / "missing" / "b.sock"))
+    with ExitStack() as cleanup:
+        with pytest.raises(CommandError, match=r"missing/b\.sock: its directory does not exist"):
+            open_endpoints(addresses, cleanup)
+        assert not path.exists()
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert were_open[0] >= 0
+    assert len(were_open) == 1
 
 
 def test_a_private_socket_is_in_a_directory_of_its_own_that_goes() -> None:
