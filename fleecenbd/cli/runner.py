@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,8 @@ COMMAND_TIMEOUT_S = 10.0
 """Seconds that the command of --run has to end after SIGTERM."""
 TASKS_TIMEOUT_S = 1.0
 """Seconds that what is left of the server's tasks has to end."""
+
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 async def run_server(
@@ -149,13 +152,19 @@ def _tell_addresses(options: ServeOptions, endpoints: Sequence[Endpoint]) -> Non
 def _pidfile(path: Path) -> Iterator[None]:
     """Our pid in a file, whole from its first moment; removed at the end if it is still ours."""
     text = f"{os.getpid()}\n"
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    # In a directory that others may write, a name that they can guess could be a link of theirs.
+    draft = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     try:
-        draft.write_text(text)
-        draft.replace(path)
+        descriptor = os.open(draft, _NEW_FILE, 0o666)
+        try:
+            with open(descriptor, "w") as file:
+                file.write(text)
+            draft.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                draft.unlink()
+            raise
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
         cause = reason(OSError(error.errno, error.strerror, str(path)))
         raise CommandError(f"cannot write the pidfile {cause}") from error
     try:

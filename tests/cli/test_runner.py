@@ -206,6 +206,52 @@ async def test_what_is_left_running_does_not_hold_up_the_end(
     await left[0]
 
 
+def test_a_pidfile_is_drafted_where_nobody_can_have_laid_a_link(
+    disks: list[Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Steps(monkeypatch)
+    precious = Path("precious")
+    precious.write_text("precious")
+    drafts: list[str] = []
+    open_file = os.open
+
+    def laid(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & os.O_CREAT and "pid" in os.fspath(path):
+            drafts.append(os.fspath(path))
+            if len(drafts) == 1:
+                os.symlink(precious, path)
+        return open_file(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", laid)
+    os.symlink(precious, f"pid.{os.getpid()}")
+    with pytest.raises(CommandError, match="cannot write the pidfile pid: File exists"):
+        _run(_options(), disks)
+    assert len(drafts) == 1
+    assert precious.read_text() == "precious"
+
+
+def test_pidfiles_are_as_readable_as_the_umask_says_and_leave_nothing_beside_them(
+    disks: list[Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+
+    def ready(_environment: object, state: str) -> bool:
+        if state == "READY=1":
+            modes.append(os.stat("pid").st_mode & 0o777)
+            assert Path("pid").read_text() == f"{os.getpid()}\n"
+            os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    monkeypatch.setattr(runner, "notify", ready)
+    before = os.umask(0o027)
+    try:
+        assert _run(_options(), disks) == 0
+    finally:
+        os.umask(before)
+    assert modes == [0o640]
+    assert os.listdir(".") == ["vm.raw"]
+
+
 def test_a_pidfile_that_became_somebody_else_s_stays(
     disks: list[Disk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
