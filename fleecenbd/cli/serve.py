@@ -239,7 +239,8 @@ def serve(
             metavar="N",
             min=0,
             rich_help_panel=DISKS,
-            help="Clients that each guest's disk admits at a time; 0 for any number.",
+            help="Connections that each guest's disk admits at a time; 0 for any number. A client "
+            "that may open several does: nbdcopy up to 4 (with -C 2, two).",
         ),
     ] = 1,
     force_share: Annotated[
