@@ -16,7 +16,7 @@ TOOLS := .venv/.tools
 SEEDS ?= 200
 RUNS ?= 20
 
-.PHONY: help venv tools demo test lint format simulate explore interop differential stress guest bench-quick coverage clean
+.PHONY: moved help venv tools demo test lint format simulate explore interop differential stress guest bench-quick coverage clean
 
 help:  ## this text
 	@echo "fleecenbd - make targets:"
@@ -28,9 +28,14 @@ help:  ## this text
 
 venv: $(READY)  ## set up only: missing packages (root or sudo), then .venv; runs once
 
-$(READY): pyproject.toml scripts/setup.sh
+# A venv knows its own place: after the checkout was moved it is made anew.
+MOVED := $(shell [ ! -e .venv/.place ] || [ "$$(cat .venv/.place)" = "$$(pwd -P)" ] || echo moved)
+
+$(READY): pyproject.toml scripts/setup.sh $(MOVED)
 	@sh scripts/setup.sh base
 	@touch $@
+
+moved:
 
 tools: $(TOOLS)  ## set up what tests and benchmarks need besides: fio, QEMU's tools, nbdkit
 

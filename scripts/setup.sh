@@ -67,6 +67,10 @@ base() {
     install_missing
     /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         fail "/usr/bin/python3 is older than 3.11"
+    if [ -e .venv/.place ] && [ "$(cat .venv/.place)" != "$(pwd -P)" ]; then
+        say "the checkout was moved: .venv is made anew"
+        rm -rf .venv
+    fi
     if [ ! -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         say "making .venv"
         /usr/bin/python3 -m venv --clear --system-site-packages .venv
@@ -74,6 +78,7 @@ base() {
     say "installing fleecenbd and its development tools into .venv"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
     .venv/bin/python -c 'import nbd' || fail ".venv cannot import libnbd's module nbd"
+    pwd -P >.venv/.place
     say "ready: .venv/bin/fleecenbd"
 }
 
