@@ -37,7 +37,8 @@ class ExportInfo:
     block_maximum: int
     contexts: tuple[str, ...] = ()
     can_write: bool = True
-    """False: not read-only (clients do not TRIM such exports), and yet NBD_CMD_WRITE is refused."""
+    """False: NBD_CMD_WRITE is refused, and its payload is not kept: a read-only disk, and what is
+    not called read-only because clients do not TRIM what is."""
 
 
 class Catalog(Protocol):

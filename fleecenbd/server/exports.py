@@ -98,6 +98,7 @@ class GuestExport:
             block_preferred=BLOCK_PREFERRED,
             block_maximum=PAYLOAD_ADVERTISED,
             contexts=(BASE_ALLOCATION,),
+            can_write=not read_only,
         )
         self.read_now: ReadNow = disk.read_now
         self.read: Read = disk.read
