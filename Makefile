@@ -12,18 +12,20 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 PYTHON := .venv/bin/python
 READY := .venv/.ready
 TOOLS := .venv/.tools
+FUZZER := .venv/.fuzzer
 
 SEEDS ?= 200
 RUNS ?= 20
+SECONDS ?= 60
 
-.PHONY: moved help venv tools demo test lint format simulate explore interop differential stress guest bench-quick coverage clean
+.PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress guest bench-quick coverage clean
 
 help:  ## this text
 	@echo "fleecenbd - make targets:"
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  SEEDS=N SEED=n RUNS=N   as above; DEMO='--size 64' hands options to the demo"
+	@echo "  SEEDS=N SEED=n RUNS=N SECONDS=N   as above; DEMO='--size 64' hands options to the demo"
 	@echo "  PYTEST='-k trim -x'     hands options to pytest (test, interop)"
 
 venv: $(READY)  ## set up only: missing packages (root or sudo), then .venv; runs once
@@ -35,6 +37,7 @@ $(READY): pyproject.toml scripts/setup.sh $(MOVED)
 	@sh scripts/setup.sh base
 	@touch $@
 
+.PHONY: moved
 moved:
 
 tools: $(TOOLS)  ## set up what tests and benchmarks need besides: fio, QEMU's tools, nbdkit
@@ -69,6 +72,13 @@ interop: $(if $(PEERS),,$(TOOLS))  ## only the tests with other people's NBD cli
 
 differential: $(if $(PEERS),,$(TOOLS))  ## scripts drawn from seeds to us and to QEMU: SEEDS=N, SEED=n; PEERS=trixie: QEMU 10
 	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m tests.differential $(if $(SEED),--seed $(SEED) --show,--seeds $(SEEDS))
+
+fuzz: $(FUZZER)  ## libFuzzer on the handshake, then on requests: SECONDS=N each
+	sh scripts/fuzz.sh $(SECONDS)
+
+$(FUZZER): $(READY)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check 'atheris>=3.0'
+	@touch $@
 
 stress: $(TOOLS)  ## fio with verify, two pulls, a trimmer and a killed client: RUNS=N
 	$(PYTHON) -m tests.e2e.stress --runs $(RUNS)
