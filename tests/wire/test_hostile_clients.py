@@ -31,7 +31,7 @@ SLOWEST_S = 3.0
 HALF_OPEN = 200
 IN_A_ROW = 10_000
 HANDSHAKE_TIMEOUT_S = 10.0
-STUCK_S = 0.5
+STUCK_S = 0.3
 """Seconds without room in a socket, after which its reader has stopped."""
 
 HELLO = wire.client_flags()
