@@ -127,6 +127,14 @@ async def test_runs_of_data_and_zeroes_are_told_apart_in_one_step() -> None:
 
 
 @simulated
+async def test_of_two_clusters_only_the_one_with_data_is_written() -> None:
+    scene, temp = await _scene(HOLE + DATA + DATA + HOLE)
+    assert _copy_now(scene, 0, 2)
+    assert _copy_now(scene, 2, 4)
+    assert temp.log == ["write 4096+4096", "write 8192+4096"]
+
+
+@simulated
 async def test_the_last_cluster_is_copied_as_far_as_the_disk_goes() -> None:
     scene, temp = await _scene(DATA + b"x" * 100)
     assert _copy_now(scene, 1, 2)

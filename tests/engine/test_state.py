@@ -71,6 +71,14 @@ def test_a_copy_that_loses_clusters_is_counted_as_cancelled_once() -> None:
     assert (late.lost, state.stats.copies_cancelled) == (True, 2)
 
 
+def test_a_copy_of_the_first_cluster_is_cancelled_as_any_other() -> None:
+    state = _state()
+    copy = state.copies.add(Copy(0, 1))
+    state.release(0, 1)
+    assert copy.lost
+    assert state.stats.copies_cancelled == 1
+
+
 def test_a_copy_whose_clusters_were_released_before_loses_nothing_more() -> None:
     state = _state()
     state.release(0, 2)
