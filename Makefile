@@ -12,13 +12,14 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 PYTHON := .venv/bin/python
 READY := .venv/.ready
 TOOLS := .venv/.tools
+MUTMUT := .venv/.mutmut
 FUZZER := .venv/.fuzzer
 
 SEEDS ?= 200
 RUNS ?= 20
 SECONDS ?= 60
 
-.PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress guest bench-quick coverage clean
+.PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress guest bench-quick coverage mutate clean
 
 help:  ## this text
 	@echo "fleecenbd - make targets:"
@@ -97,6 +98,13 @@ bench-quick: $(TOOLS)  ## a short paired run against qemu-storage-daemon
 coverage: $(TOOLS)  ## the unit tests with branch coverage
 	$(PYTHON) -m coverage run -m pytest --ignore=tests/e2e --ignore=tests/interop
 	$(PYTHON) -m coverage report --skip-covered --show-missing
+
+mutate: $(MUTMUT)  ## mutants of engine and nbd: do the tests notice? MUTATE='engine --sample 40'
+	$(PYTHON) -m tests.mutation $(MUTATE)
+
+$(MUTMUT): $(READY)
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8,<4'
+	@touch $@
 
 clean:  ## remove .venv and everything that tools leave behind
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* htmlcov build dist *.egg-info
