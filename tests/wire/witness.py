@@ -51,11 +51,13 @@ class Guest:
         self.latencies_s: list[float] = []
         self._path = path
         self._stop = threading.Event()
+        self._served = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="guest")
 
     def __enter__(self) -> Guest:
         self._thread.start()
+        self._served.wait()
         return self
 
     def __exit__(
@@ -64,6 +66,10 @@ class Guest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Let it end its rounds; whatever it met is raised here."""
         self._stop.set()
         self._thread.join()
         if self._failure is not None:
@@ -80,8 +86,11 @@ class Guest:
                     if self._stop.wait(PAUSE_S) and number >= ROUNDS_MIN:
                         break
                     self._round(client, number)
+                    self._served.set()
         except BaseException as error:
             self._failure = error
+        finally:
+            self._served.set()
 
     def _round(self, client: Client, number: int) -> None:
         offset = 16 * MIB + number % 64 * 4096
