@@ -205,6 +205,21 @@ def test_a_wait_that_is_cancelled_leaves_nothing_behind() -> None:
     simulate(run())
 
 
+def test_a_wake_in_the_step_of_the_deadline_counts_as_a_wake() -> None:
+    async def run() -> None:
+        waiters = Waiters()
+        loop = asyncio.get_running_loop()
+        wrong: list[object] = []
+        loop.set_exception_handler(lambda loop, context: wrong.append(context))
+        # Both are due already: the loop calls them one after the other, the waiter afterwards.
+        now = loop.time()
+        loop.call_at(now - 2, waiters.wake, 0, 1)
+        assert await waiters.wait(0, 1, now - 1) is True
+        assert wrong == []
+
+    asyncio.run(run())
+
+
 PART = st.tuples(st.integers(0, 3), st.integers(0, 15), st.integers(1, 16))
 
 

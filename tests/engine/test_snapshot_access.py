@@ -155,6 +155,23 @@ async def test_a_map_that_an_end_overtakes_fails() -> None:
     assert not fleece.state.frozen_reads
 
 
+@pytest.mark.parametrize("turns", range(4))
+def test_a_map_that_an_end_overtakes_in_any_turn_of_the_loop_fails(turns: int) -> None:
+    @simulated
+    async def run() -> None:
+        scene = Scene()
+        fleece = await scene.arm()
+        asking = asyncio.ensure_future(fleece.status(0, scene.size))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        answered = asking.done()
+        assert answered == (turns > 1)
+        fleece.finish()
+        assert await errno_of(asking) == (None if answered else errno.ESHUTDOWN)
+
+    run()
+
+
 # maps
 
 
