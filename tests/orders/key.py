@@ -70,7 +70,6 @@ def parts_of(world: OrderWorld) -> tuple[Any, ...]:
     loop = world.loop
     return (
         loop.time(),
-        world.timer_fired,
         world.failures_left,
         tuple(world.checkers.counted.items()),
         tuple([_actor(actor, see) for actor in world.actors]),

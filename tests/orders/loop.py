@@ -56,10 +56,12 @@ class OrderLoop(VirtualLoop):
         return [entry[3] for entry in sorted(self._timers) if not entry[3]._cancelled]
 
     def let_time_pass(self) -> None:
-        """Until the next timer, which fires."""
-        when, _, _, handle = heapq.heappop(self._timers)
-        self._now = when
-        self._run(handle)
+        """Until the next timer, which is due then."""
+        self._now = self._timers[0][0]
+
+    def fire(self) -> None:
+        """The timer that is due first fires."""
+        self._run(heapq.heappop(self._timers)[3])
 
     def _run(self, handle: asyncio.Handle) -> None:
         self.steps += 1

@@ -7,7 +7,8 @@ Between two callbacks of the loop, one of these comes, whichever the run chooses
                                                                that does not end its call is seen
                                                                by nobody before)
     end     a device call lands its last piece and ends, or fails and leaves garbage
-    time    passes until the next timer, which fires
+    time    passes until the next timer                        (only when nobody is ready)
+    timer   a timer that is due fires; what comes from outside may come before it
     begin   an actor makes its next step
 
 A real loop has the same freedom: whatever comes from outside is queued behind what was ready when
@@ -16,7 +17,6 @@ it came, and before what becomes ready later.
 
 from __future__ import annotations
 
-import asyncio
 from asyncio import events
 from collections.abc import Callable
 from typing import Any
@@ -86,8 +86,6 @@ class OrderWorld(World):
         self.armings_pending = []
         self.sessions: dict[str, Any] = {}
         self.plans = {session.name: self._plan(session) for session in scenario.sessions}
-        self.timer_fired = False
-        """Since nobody was ready."""
         self._moment = 0
         self._preparing = True
         self._waits = WaitChecker(self)
@@ -180,10 +178,11 @@ class OrderWorld(World):
         """All that may come next; an order of events is a way through these lists."""
         loop = self.loop
         found: list[Event] = []
-        quiet = not loop.ready()
-        if quiet:
-            self.timer_fired = False
-        else:
+        ready = loop.ready()
+        timer = loop.next_timer()
+        due = timer is not None and timer.when() <= loop.time()
+        quiet = not ready and not (due and self.scenario.every_step)
+        if ready:
             found.append(("run", loop.run_next))
             if not self.scenario.every_step:
                 return found
@@ -199,14 +198,11 @@ class OrderWorld(World):
         for actor in self.actors:
             if may_begin(self, actor):
                 found.append(("begin", lambda a=actor: self._begin(a)))
-        timer = loop.next_timer()
-        if timer is not None and (quiet or self._may_pass(timer)):
+        if due and self.scenario.every_step:
+            found.append(("timer", loop.fire))
+        elif timer is not None and quiet:
             found.append(("time", self._let_time_pass))
         return found
-
-    def _may_pass(self, timer: asyncio.TimerHandle) -> bool:
-        """While callbacks are ready a timer may just be due, but no later one after it."""
-        return not self.timer_fired or timer.when() == self.loop.time()
 
     def _advance(self, call: Call, advance: Callable[..., object]) -> None:
         del self.loop.completions[call]
@@ -218,8 +214,9 @@ class OrderWorld(World):
 
     def _let_time_pass(self) -> None:
         self.loop.let_time_pass()
-        self.timer_fired = True
         self.log(f"time passes: {self.loop.time():g} s")
+        if not self.scenario.every_step:
+            self.loop.fire()
 
     def _begin(self, actor: Actor) -> None:
         step = actor.steps[actor.made]
@@ -265,7 +262,7 @@ class OrderWorld(World):
             if not possible:
                 break
             if not choices.replaying:
-                if not self.loop.ready():
+                if self._is_quiet():
                     self._waits.on_quiet()
                 if len(possible) > 1 and not observer(self):
                     return False
@@ -275,6 +272,10 @@ class OrderWorld(World):
         self.checkers.at_end()
         self._check_actors_at_end()
         return True
+
+    def _is_quiet(self) -> bool:
+        timer = self.loop.next_timer()
+        return not self.loop.ready() and (timer is None or timer.when() > self.loop.time())
 
     def _prepare(self) -> None:
         """Arm the sessions, make the first steps, each to its end, in the order written."""
