@@ -102,6 +102,7 @@ def test_the_cause_of_a_failed_copy_names_the_file(
                 await scene.write(0)
             assert caught.value.errno == errno.EIO
             assert fleece.broken is None
+            assert (fleece.stats.copies_failed, fleece.stats.copies_done) == (1, 0)
             assert scene.now(0) == scene.old(0)
         else:
             await scene.write(0)

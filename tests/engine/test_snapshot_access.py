@@ -245,6 +245,33 @@ async def test_a_map_of_copied_and_uncopied_clusters_tells_zeroes_by_cluster() -
     ]
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_map_of_what_was_not_copied_is_as_fine_as_the_disks_own(first: int) -> None:
+    big = 4 * CLUSTER
+
+    @simulated
+    async def run() -> None:
+        scene, _ = await _sparse_scene(4 * big, {4 * first + 1, 4 * first + 2})
+        scene.session.finish()  # type: ignore[union-attr]
+        fleece = await scene.arm("big", cluster_size=big)
+        for cluster in range(first):
+            await scene.disk.write(cluster * big, b"x")
+        start = first * big + 100
+        assert await fleece.status(start, 3 * CLUSTER) == [
+            (CLUSTER - 100, ZERO),
+            (2 * CLUSTER, 0),
+            (100, ZERO),
+        ]
+        if first:
+            # With the cluster before it, which was copied: zero by clusters, then as fine again.
+            assert await fleece.status(first * big - 10, CLUSTER + 20) == [
+                (10 + CLUSTER, ZERO),
+                (10, 0),
+            ]
+
+    run()
+
+
 @simulated
 async def test_the_access_map_says_what_may_be_read_and_what_is_held_in_temp() -> None:
     scene = Scene(8)

@@ -106,6 +106,19 @@ async def test_a_release_wakes_those_who_wait_there_and_behind_reads_that_it_spo
     await asyncio.gather(*tasks)
 
 
+@simulated
+async def test_a_release_beside_a_read_wakes_nobody_behind_it() -> None:
+    state = _state()
+    state.frozen_reads.add(FrozenRead(2, 6))
+    guest = asyncio.ensure_future(state.guests.wait(3, 4))
+    await settle()
+    assert state.release(0, 2) == 0
+    assert state.release(6, 8) == 0
+    assert not guest.done()
+    assert state.release(2, 3) == 1
+    assert await guest is True
+
+
 def test_wakes_are_counted_by_all_who_wait() -> None:
     @simulated
     async def run() -> None:
