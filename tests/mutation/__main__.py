@@ -43,7 +43,7 @@ CONFIGURATION = """
 source_paths = ["fleecenbd"]
 only_mutate = ["fleecenbd/{package}/*.py"]
 pytest_add_cli_args_test_selection = {tests}
-also_copy = ["fleecenbd", "tests"]
+also_copy = ["fleecenbd", "tests", "docs"]
 """
 
 
@@ -93,7 +93,7 @@ def set_up(folder: Path, package: str, *, here: bool) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if here:
-        for name in ("fleecenbd", "tests"):
+        for name in ("fleecenbd", "tests", "docs"):
             copy_tree(name, folder / name)
         shutil.copy(ROOT / "pyproject.toml", folder)
     else:
