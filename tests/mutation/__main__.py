@@ -180,7 +180,7 @@ def how_it_ended(status: int | None) -> str:
 def share(counts: Counter[str]) -> float:
     """Percent of the mutants that are faults which the tests noticed."""
     faults = counts.total() - counts["equivalent"] - counts["not run"]
-    return 100.0 * (counts["killed"] + counts["timed out"]) / faults if faults else 100.0
+    return 100.0 * (counts["killed"] + counts["timed out"]) / faults if faults else float("nan")
 
 
 if __name__ == "__main__":
