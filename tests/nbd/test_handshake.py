@@ -618,6 +618,11 @@ def test_request_rules_follow_from_what_was_negotiated() -> None:
     assert rules.check((wire.PAYLOAD_LEN, wire.BLOCK_STATUS, 1, 0, 12, status)) is None
     assert rules.check((0, wire.TRIM, 1, DISK.size, 512, None)) is not None
     assert rules.check((0, wire.READ, 1, DISK.size, 512, None)) is not None
+    structured = structured_client()
+    structured.info(GO, "vda")
+    rules = structured.negotiated.request_rules()
+    assert rules.check((wire.DF, wire.READ, 1, 0, 512, None)) is None
+    assert rules.check((0, wire.BLOCK_STATUS, 1, 0, 512, None)) is not None
     plain = Client()
     plain.info(GO, "vda")
     rules = plain.negotiated.request_rules()

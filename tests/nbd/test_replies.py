@@ -255,3 +255,9 @@ def test_replies_may_come_in_any_order(mode: str) -> None:
     assert [(reply.cookie, reply.data) for reply in reader.feed(sent)] == [
         (cookie, bytes([cookie]) * 512) for cookie in (3, 1, 2)
     ]
+
+
+def test_an_extent_of_the_greatest_length_is_followed_by_the_next_and_a_longer_one_is_cut() -> None:
+    fits = [(EXTENT_LENGTH_MAX, 0), (4096, 3), (EXTENT_LENGTH_MAX + 4096, 0), (4096, 3)]
+    reply = status_back(wire.STRUCTURED, [(1, fits)], 1 << 40)
+    assert reply.contexts == {1: [*fits[:2], (EXTENT_LENGTH_MAX, 0)]}
