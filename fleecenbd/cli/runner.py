@@ -11,10 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from collections.abc import Coroutine, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from fleecenbd.cli import logs
@@ -23,6 +21,7 @@ from fleecenbd.cli.errors import CommandError, reason
 from fleecenbd.cli.handed import NOTHING_HANDED, Handed
 from fleecenbd.cli.images import TempDirectory
 from fleecenbd.cli.options import ServeOptions
+from fleecenbd.cli.pidfile import pidfile
 from fleecenbd.cli.stopping import Stopping
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server.guest_records import GuestRecords
@@ -35,8 +34,6 @@ COMMAND_TIMEOUT_S = 10.0
 """Seconds that the command of --run has to end after SIGTERM."""
 TASKS_TIMEOUT_S = 1.0
 """Seconds that what is left of the server's tasks has to end."""
-
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 async def run_server(
@@ -101,7 +98,7 @@ async def _serve(
     if handed.starter is not None:
         stopping.ask_at_end_of(handed.starter)
     if options.pidfile is not None:
-        files.enter_context(_pidfile(options.pidfile))
+        files.enter_context(pidfile(options.pidfile))
     if options.addresses is not None:
         _tell_addresses(options, endpoints)
     notify(os.environ, "READY=1")
@@ -148,35 +145,6 @@ def _tell_addresses(options: ServeOptions, endpoints: Sequence[Endpoint]) -> Non
         logger.info("serving %s at %s", which, endpoint.uri(""))
 
 
-@contextmanager
-def _pidfile(path: Path) -> Iterator[None]:
-    """Our pid in a file, whole from its first moment; removed at the end if it is still ours."""
-    text = f"{os.getpid()}\n"
-    # In a directory that others may write, a name that they can guess could be a link of theirs.
-    draft = path.parent / f".{path.name}.{secrets.token_hex(8)}"
-    try:
-        descriptor = os.open(draft, _NEW_FILE, 0o666)
-        try:
-            with open(descriptor, "w") as file:
-                file.write(text)
-            draft.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                draft.unlink()
-            raise
-    except OSError as error:
-        cause = reason(OSError(error.errno, error.strerror, str(path)))
-        raise CommandError(f"cannot write the pidfile {cause}") from error
-    try:
-        yield
-    finally:
-        try:
-            if path.read_text() == text:
-                path.unlink()
-        except OSError:
-            pass  # gone already, with its directory perhaps
-
-
 async def _run_command(
     options: ServeOptions, command: str, endpoints: Sequence[Endpoint], stopping: Stopping
 ) -> int:
@@ -217,7 +185,7 @@ async def _run_command(
 
 
 async def _stop(server: Server, stopping: Stopping) -> bool:
-    """Stop the server; False where it was at once, or it failed."""
+    """Stop the server; False where it was at once, it failed, or an image is not synced."""
     stop = asyncio.create_task(server.stop())
     at_once = asyncio.create_task(stopping.at_once.wait())
     try:
@@ -228,7 +196,7 @@ async def _stop(server: Server, stopping: Stopping) -> bool:
         if (error := stop.exception()) is not None:
             logger.error("the server did not stop as it should", exc_info=error)
             return False
-        return True
+        return stop.result()
     finally:
         await _end_tasks()
 

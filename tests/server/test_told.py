@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 
@@ -69,3 +70,21 @@ async def test_a_broken_sessions_export_is_listed_as_broken() -> None:
         fleece.state.break_session("a test")
         listed = dict(served.server.clients.list_exports(False))
         assert listed["vda@n"].endswith(", broken")
+
+
+async def test_a_stop_tells_which_image_could_not_be_synced(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with room(disks=("vda", "vdb")) as served:
+        device = served.devices["vdb"]
+        device.gate("flush")
+        stopping = asyncio.ensure_future(served.server.stop())
+        (await device.reached("flush")).fail(errno.EIO)
+        assert await stopping is False
+    assert "vdb is not synced" in caplog.text
+    assert "vda is not synced" not in caplog.text
+
+
+async def test_a_stop_that_synced_all_is_a_good_one() -> None:
+    async with room(disks=("vda", "vdb")) as served:
+        assert await served.server.stop() is True
