@@ -106,38 +106,12 @@ ORDERS_ONLY = (
         ),
     ),
     PlantedBug(
-        "a queued copy that was released stays in flight",
-        "block_copy",
-        (
-            (
-                "            if access.find(1, copy.first, copy.end) < 0:\n"
-                "                self._end(copy, None)\n"
-                "                continue\n"
-                "            task =",
-                "            if access.find(1, copy.first, copy.end) < 0:\n"
-                "                continue\n"
-                "            task =",
-            ),
-        ),
-    ),
-    PlantedBug(
         "the end of a copy starts no queued copy",
         "block_copy",
         (
             (
                 "        self._tasks.discard(task)\n        self._start_queued()\n",
                 "        self._tasks.discard(task)\n",
-            ),
-        ),
-    ),
-    PlantedBug(
-        "a failed copy fails a guest though its clusters were released meanwhile",
-        "copy_before_write",
-        (
-            (
-                "if copy.error is not None and state.access.bits.find("
-                "1, copy.first, copy.end) >= 0:",
-                "if copy.error is not None:",
             ),
         ),
     ),

@@ -67,6 +67,21 @@ ARMING = (
         sessions=(Session("b", disks=("vda", "vdb"), armed=False),),
     ),
     Scenario(
+        "arm_crossed",
+        "two armings of one disk, one of which still waits for another disk's active write",
+        {
+            "g1": (write(0),),
+            "g2": (write(0, disk="vdb"),),
+            "a": (arm("a"),),
+            "b": (arm("b"),),
+        },
+        disks=("vda", "vdb"),
+        sessions=(
+            Session("a", armed=False),
+            Session("b", disks=("vda", "vdb"), armed=False),
+        ),
+    ),
+    Scenario(
         "finish_reuse",
         "a session is finished with a copy in flight, another one begun at once and read",
         {"g1": (write(0),), "c": (finish("a"), arm("b"), write(0), read(0, of="b"))},

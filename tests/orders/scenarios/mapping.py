@@ -30,7 +30,7 @@ MAPPING = (
         "status in windows of one cluster: TRIMs and guest zeroes between the windows",
         {"s0": (status(0, 2),), "g1": (zero(0, 2),), "t1": (release(0),), "t2": (release(1),)},
         clusters=2,
-        zeroes=(1,),
+        zeroes=(0,),
         limits={"STATUS_WINDOW": CLUSTER},
     ),
     Scenario(
