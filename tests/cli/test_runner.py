@@ -195,15 +195,31 @@ async def test_what_is_left_running_does_not_hold_up_the_end(
             except asyncio.CancelledError:
                 continue
 
-    async def stop(server: Server) -> None:
+    async def stop(server: Server) -> bool:
         left.append(asyncio.create_task(stubborn()))
         await asyncio.sleep(0)
+        return True
 
     monkeypatch.setattr(Server, "stop", stop)
-    assert await runner.run_server(_options(), disks) == 0
-    assert not left[0].done()
-    over.set()
+    try:
+        assert await runner.run_server(_options(), disks) == 0
+        assert not left[0].done()
+    finally:
+        over.set()  # whatever was found: a loop cannot be closed over such a task
     await left[0]
+
+
+@pytest.mark.parametrize(("synced", "status"), [(True, 0), (False, 1)])
+async def test_a_server_that_could_not_sync_an_image_exits_with_status_one(
+    disks: list[Disk], monkeypatch: pytest.MonkeyPatch, synced: bool, status: int
+) -> None:
+    Steps(monkeypatch)
+
+    async def stop(server: Server) -> bool:
+        return synced
+
+    monkeypatch.setattr(Server, "stop", stop)
+    assert await runner.run_server(_options(), disks) == status
 
 
 def test_a_pidfile_is_drafted_where_nobody_can_have_laid_a_link(
