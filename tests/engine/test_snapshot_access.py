@@ -306,6 +306,18 @@ async def test_maps_of_many_extents_end_early(monkeypatch: pytest.MonkeyPatch) -
 
 
 @simulated
+async def test_a_map_by_clusters_ends_with_the_extent_that_passes_the_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(snapshot_access, "STATUS_EXTENTS_MAX", 4)
+    scene, fleece = await _sparse_scene(16 * CLUSTER, set(range(0, 16, 2)))
+    await scene.write(8)
+    assert await fleece.status(0, scene.size) == [
+        (CLUSTER, 0 if n % 2 == 0 else ZERO) for n in range(5)
+    ]
+
+
+@simulated
 async def test_a_map_in_which_much_was_released_meanwhile_ends_early(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
