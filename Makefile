@@ -15,11 +15,12 @@ TOOLS := .venv/.tools
 MUTMUT := .venv/.mutmut
 FUZZER := .venv/.fuzzer
 
+DEBIAN ?= 12
 SEEDS ?= 200
 RUNS ?= 20
 SECONDS ?= 60
 
-.PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress guest bench-quick coverage mutate clean
+.PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress guest bare bench-quick coverage mutate clean
 
 help:  ## this text
 	@echo "fleecenbd - make targets:"
@@ -91,6 +92,9 @@ stress: $(TOOLS)  ## fio with verify, two pulls, a trimmer and a killed client: 
 
 guest: $(TOOLS)  ## a Linux guest on the guest export: backups, discards, restarts under it
 	$(PYTHON) -m pytest -s tests/guest/test_*.py tests/guest/long_*.py $(PYTEST)
+
+bare:  ## the README's commands on a bare Debian: DEBIAN=12 or 13 (root, debootstrap)
+	sh scripts/bare.sh $(DEBIAN)
 
 bench-quick: $(TOOLS)  ## a short paired run against qemu-storage-daemon
 	$(PYTHON) benchmarks/quick.py
