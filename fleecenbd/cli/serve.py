@@ -16,6 +16,7 @@ from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.handed import Handed, starting_client, take_activated, take_standard_input
 from fleecenbd.cli.images import open_disks
 from fleecenbd.cli.options import ServeOptions, check_default_export, refuse_together
+from fleecenbd.cli.pidfile import check_pidfile
 from fleecenbd.cli.places import default_socket, guests_directory, state_directory
 from fleecenbd.cli.process import keep_buffers_on_the_heap
 from fleecenbd.cli.runner import run_server
@@ -339,6 +340,8 @@ def serve(
             backup_unix=backup_unix,
             backup_port=backup_port,
         )
+    if pidfile == "":
+        raise UsageError("--pidfile: '' is no path")
     own_client = single or starter is not None or run is not None
     options = ServeOptions(
         disks=values.parse_disks(disk),
@@ -355,6 +358,8 @@ def serve(
         command=run,
     )
     check_default_export(options)
+    if options.pidfile is not None:
+        check_pidfile(options.pidfile, options.disks)
     client = take_standard_input() if single else None
     return _run(options, Handed(activated, client, starter))
 
