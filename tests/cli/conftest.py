@@ -3,6 +3,7 @@
 import logging
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def started(
             stderr=subprocess.PIPE if stderr is None else stderr,
             text=True,
             pass_fds=pass_fds,
+            preexec_fn=_hear_hangups,
             env={**os.environ, **(environment or {}), "NOTIFY_SOCKET": str(notify)},
         )
         try:
@@ -88,6 +90,11 @@ def started(
             for stream in (process.stdout, process.stderr):
                 if stream is not None:
                     stream.close()
+
+
+def _hear_hangups() -> None:
+    """Under nohup the tests ignore SIGHUP, and so would what they start: by design."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _wait_until_ready(process: subprocess.Popen[str], ready: socket.socket) -> None:
