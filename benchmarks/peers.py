@@ -48,14 +48,15 @@ def _uri(name: str, socket: Path) -> str:
     return f"nbd+unix:///{name}?socket={socket}"
 
 
-def _wait_for(socket: Path, process: subprocess.Popen[bytes]) -> None:
-    """Wait until the socket is there; a server that ended is an error."""
+def _wait_for(socket: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until the socket is there; a server that ended is an error, with what it said."""
     deadline = time.monotonic() + START_TIMEOUT_S
     pidfd = os.pidfd_open(process.pid)
     try:
         while not socket.exists():
             if select.select([pidfd], [], [], 0.01)[0]:
-                raise RuntimeError(f"{process.args!r} ended with {process.wait()}")
+                status = process.wait()
+                raise RuntimeError(f"{process.args!r} ended with {status}: {log.read_text()}")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{process.args!r} did not make {socket}")
     finally:
@@ -67,7 +68,7 @@ def _running(command: list[str], socket: Path, log: Path) -> Iterator[int]:
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
-        _wait_for(socket, process)
+        _wait_for(socket, process, log)
         yield process.pid
     finally:
         process.send_signal(signal.SIGTERM)
