@@ -1,7 +1,7 @@
 """Planted bugs against every order: which scenario catches each, after how many states.
 
-The bugs are those of the simulation (tests/simulation/planted.py), the design model's variants of
-the rules as far as they are not among them, and some that need an order of events so particular
+The bugs are those of the simulation (tests/simulation/planted.py), wrong readings of the rules that
+were once tried on an executable model of them, and some that need an order of events so particular
 that seeds seldom meet it.
 """
 

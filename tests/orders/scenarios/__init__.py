@@ -1,7 +1,6 @@
-"""The scenarios: those of the design's model that concern the engine, and more of its own.
+"""The scenarios: what an executable model of the rules had, before there was an engine, and more.
 
-Names as in the model where one is from there. Each is as small as the race that it is there for:
-one to three clusters, two to four actors.
+Each is as small as the race that it is there for: one to three clusters, two to four actors.
 """
 
 from __future__ import annotations
