@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grp
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,18 @@ from fleecenbd.cli.errors import UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _SIZE = re.compile(r"([0-9]+)(?:([kmgtp])(?:ib)?)?", re.IGNORECASE)
-_URI = re.compile(r"(nbds?(\+unix|\+vsock)?)://")
+_NBD_URI = re.compile(r"(nbds?(\+unix|\+vsock)?)://")
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_RAW = "raw:"
+_QCOW2 = "qcow2:"
 _UNITS = ("", "k", "m", "g", "t", "p")
 
 NAME_LENGTH_MAX = 100
 """Characters of a disk's or a session's name: DISK@SESSION stays far below NBD's 256."""
+
+_WHAT_NAMES_ARE = f"1 to {NAME_LENGTH_MAX} letters, digits, '.', '_' and '-'"
+
+PORT_MAX = 65535
 
 
 @dataclass(frozen=True)
@@ -34,32 +42,52 @@ class DiskSpec:
 def parse_disk(text: str) -> DiskSpec:
     """``[NAME=]IMAGE``; NAME stands before the first ``/`` and defaults to the file's stem."""
     name, equals, image = text.partition("=")
-    if not (equals and _NAME.fullmatch(name)):
-        name, image = "", text
-    raw = image.startswith("raw:")
+    if not equals or "/" in name or name.startswith((_RAW, _QCOW2)):
+        name, equals, image = "", "", text
+    elif not _is_name(name):
+        raise UsageError(
+            f"{text}: {name!r} before the '=' cannot be a disk's name: {_WHAT_NAMES_ARE}; "
+            f"where {text} is the file, write NAME={text}"
+        )
+    raw = image.startswith(_RAW)
     if raw:
-        image = image.removeprefix("raw:")
-    elif image.startswith("qcow2:"):
+        image = image.removeprefix(_RAW)
+    elif image.startswith(_QCOW2):
         raise UsageError(
             f"{text}: qcow2 images cannot be served yet; give a raw image or a block device"
         )
-    elif _URI.match(image):
+    elif _NBD_URI.match(image):
         raise UsageError(
             f"{text}: disks on other NBD servers cannot be served yet; "
             "give a raw image or a block device"
         )
+    elif uri := _URI.match(image):
+        raise UsageError(
+            f"{text}: disks cannot be served from {uri[0]}; give a raw image or a block device"
+        )
     if not image:
         raise UsageError(f"{text!r} names no image; write [NAME=]IMAGE")
-    if name:
-        check_name(name, "a disk")
-    else:
+    if not equals:
         name = Path(image).stem
         if not _is_name(name):
-            raise UsageError(
-                f"{text}: {name!r} cannot be a disk's name "
-                "(letters, digits, '.', '_' and '-' only); write NAME=IMAGE"
-            )
+            raise UsageError(_bad_stem(text, name, image, raw=raw))
     return DiskSpec(name, image, raw)
+
+
+def _bad_stem(text: str, stem: str, image: str, *, raw: bool) -> str:
+    before, equals, after = image.partition("=")
+    if raw and equals and _is_name(before) and after:
+        return (
+            f"{text}: {_RAW} goes before the path, after NAME=: write {before}={_RAW}{after}, "
+            f"or NAME={text} where {image} is the file"
+        )
+    message = (
+        f"{text}: {stem!r}, of the file's name, cannot be a disk's name: {_WHAT_NAMES_ARE}; "
+        f"write NAME={text}"
+    )
+    if equals and before and not text.startswith((".", "/")):
+        message += f", where {text} is the file; {before!r} is no NAME, for it has a '/'"
+    return message
 
 
 def parse_disks(texts: Sequence[str]) -> tuple[DiskSpec, ...]:
@@ -87,10 +115,7 @@ def _is_name(text: str) -> bool:
 def check_name(text: str, whose: str) -> str:
     """The text, if it can be a name; ``whose``: "a session", for the message."""
     if not _is_name(text):
-        raise UsageError(
-            f"{text!r} cannot be {whose}'s name: 1 to {NAME_LENGTH_MAX} letters, digits, "
-            "'.', '_' and '-'"
-        )
+        raise UsageError(f"{text!r} cannot be {whose}'s name: {_WHAT_NAMES_ARE}")
     return text
 
 
@@ -105,6 +130,24 @@ def parse_size(text: str, option: str) -> int:
     if len(number) > 20 or size >= 1 << 63:
         raise UsageError(f"{option}: {text} is more than any disk holds")
     return size
+
+
+def parse_port(text: str, option: str) -> int:
+    """A TCP port; 0 stands for any."""
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > PORT_MAX:
+        raise UsageError(f"{option}: {text!r} is no port: 0 to {PORT_MAX}")
+    return int(text)
+
+
+def parse_seconds(text: str, option: str) -> float:
+    """A length of time, as in 20 or 0.5."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UsageError(f"{option}: {text!r} is no time: 0 or more seconds")
+    return seconds
 
 
 def parse_mode(text: str) -> int:

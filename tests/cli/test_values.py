@@ -41,9 +41,35 @@ def test_a_disk_is_a_name_and_an_image(text: str, disk: DiskSpec) -> None:
 
 @pytest.mark.parametrize("text", ["./a=b", "my disk.raw", "vm@x.raw", "./raw:vm.img", "ä.raw"])
 def test_an_image_whose_stem_is_no_name_asks_for_one(text: str) -> None:
-    with pytest.raises(UsageError, match="write NAME=IMAGE") as caught:
+    with pytest.raises(UsageError) as caught:
         parse_disk(text)
-    assert text in str(caught.value)
+    message = str(caught.value)
+    assert message.startswith(f"{text}: ")
+    assert message.endswith(f"write NAME={text}")
+    assert "1 to 100 letters, digits, '.', '_' and '-'" in message
+    assert parse_disk(f"vda={text}") == DiskSpec("vda", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a@b=vm.raw", "a@b=vm.raw: 'a@b' before the '=' cannot be a disk's name"),
+        ("a@b=vm.raw", "where a@b=vm.raw is the file, write NAME=a@b=vm.raw"),
+        ("=vm.raw", "=vm.raw: '' before the '=' cannot be a disk's name"),
+        ("a/b=vm.raw", "'a/b' is no NAME, for it has a '/'"),
+        ("a/b=vm.raw", "write NAME=a/b=vm.raw, where a/b=vm.raw is the file"),
+        ("raw:x=vm.raw", "raw: goes before the path, after NAME=: write x=raw:vm.raw"),
+        ("raw:x=vm.raw", "or NAME=raw:x=vm.raw where x=vm.raw is the file"),
+        ("http://x/y.raw", "http://x/y.raw: disks cannot be served from http://"),
+        ("vda=https://x/y.raw", "vda=https://x/y.raw: disks cannot be served from https://"),
+    ],
+)
+def test_what_is_wrong_with_a_disk_is_told_in_the_words_that_were_typed(
+    text: str, words: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_disk(text)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "raw:", "vda=", "vda=raw:"])
