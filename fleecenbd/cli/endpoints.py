@@ -41,7 +41,7 @@ class Addresses:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A listening socket. ``unix``: its absolute path, None for TCP."""
+    """A listening socket. ``unix``: its path, None for TCP; absolute if we made it."""
 
     socket: socket.socket
     backup_only: bool
@@ -51,6 +51,11 @@ class Endpoint:
     def port(self) -> int | None:
         """The TCP port; None for a Unix socket."""
         return None if self.unix is not None else int(self.socket.getsockname()[1])
+
+    @property
+    def is_known(self) -> bool:
+        """Whether an URI leads to it: a handed Unix socket's path may be relative, or none."""
+        return self.unix is None or os.path.isabs(self.unix)
 
     def uri(self, export: str) -> str:
         """The NBD URI of an export, as libnbd and QEMU read it."""

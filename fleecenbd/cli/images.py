@@ -121,9 +121,15 @@ class TempDirectory:
             raise
 
     def _create(self, name: str, size: int, cluster_size: int) -> Device:
-        make_private_directory(self.path)
         image = f"{name}@{self._session}"
-        return TempImage.create(self.path, image, size, cluster_size=cluster_size)
+        try:
+            make_private_directory(self.path)
+            return TempImage.create(self.path, image, size, cluster_size=cluster_size)
+        except OSError as error:
+            # A system call on a descriptor knows no name, and no way out.
+            known = error.filename if error.filename is not None else str(self.path)
+            cause = f"{error.strerror}; give another folder for temp images with --state-dir"
+            raise OSError(error.errno, cause, known) from error
 
 
 def _close_made(making: asyncio.Future[Device]) -> None:

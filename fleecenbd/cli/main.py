@@ -57,6 +57,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         command = typer.main.get_command(app)
         status = command.main(list(arguments), prog_name="fleecenbd", standalone_mode=False)
+        if sys.stdout is not None:  # it was closed
+            sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except CommandError as error:
         _show_traceback()
@@ -71,12 +73,21 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         return 1  # whoever read the help has seen enough
     except Exception as error:
+        if isinstance(error, OSError) and not _came_from_serve(error):
+            logs.report(f"cannot write to standard output: {error.strerror}")
+            return 1
         _show_traceback()
         logs.report(
             f"internal error: {type(error).__name__}: {error}; "
             "--log-level debug shows where, for a report"
         )
         return 1
+
+
+def _came_from_serve(error: Exception) -> bool:
+    """False: help and version are what else there is, and they do nothing but write."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code is serve.__code__ for frame, _ in frames)
 
 
 def _show_traceback() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fleecenbd.cli.endpoints import Addresses
+from fleecenbd.cli import values
+from fleecenbd.cli.endpoints import DEFAULT_PORT, PRIVATE, Addresses
 from fleecenbd.cli.errors import UsageError
+from fleecenbd.cli.places import default_socket
 from fleecenbd.cli.values import DiskSpec
 from fleecenbd.engine.session import SessionOptions
+from fleecenbd.engine.state import CLUSTER_SIZE_MIN
 
 
 @dataclass(frozen=True)
@@ -74,3 +79,98 @@ def refuse_together(given: dict[str, bool], why: str) -> None:
     for name, was_given in given.items():
         if was_given:
             raise UsageError(f"{name} cannot be given {why}")
+
+
+def refuse_empty(given: Mapping[str, str | None]) -> None:
+    """Raise UsageError for the first of the options (name: value) that was given as ''."""
+    for name, value in given.items():
+        if value == "":
+            raise UsageError(f"{name}: '' names nothing; leave the option out, or give it a value")
+
+
+def choose_addresses(
+    *,
+    unix: str | None,
+    ip: str | None,
+    port: str | None,
+    backup_unix: str | None,
+    backup_port: str | None,
+    socket_mode: str | None,
+    socket_group: str | None,
+    is_private: bool,
+) -> Addresses:
+    """The sockets to open, from the options as typed. Raises UsageError.
+
+    ``is_private``: where no Unix socket was asked for, it is a private one.
+    """
+    group = values.parse_group(socket_group) if socket_group is not None else None
+    mode = 0o600 if group is None else 0o660
+    port_number = values.parse_port(port, "--port") if port is not None else None
+    backup_number = (
+        values.parse_port(backup_port, "--backup-port") if backup_port is not None else None
+    )
+    if ip is not None and port is None and backup_port is None:
+        port_number = DEFAULT_PORT
+    chosen = unix or (PRIVATE if is_private else None)
+    addresses = Addresses(
+        unix=chosen or str(default_socket(os.environ, os.geteuid())),
+        unix_is_default=chosen is None,
+        unix_mode=mode if socket_mode is None else values.parse_mode(socket_mode),
+        unix_group=group,
+        host=ip,
+        port=port_number,
+        backup_unix=backup_unix,
+        backup_port=backup_number,
+    )
+    if port_number is not None and port_number == backup_number != 0:
+        raise UsageError(
+            f"port {port_number} is given twice, by --port and by --backup-port; give each its own"
+        )
+    _refuse_twice("--unix", addresses.unix, "--backup-unix", backup_unix)
+    return addresses
+
+
+def check_pidfile_is_no_socket(pidfile: str | None, addresses: Addresses) -> None:
+    """Raise UsageError if a socket is to be where the pidfile is to be."""
+    _refuse_twice("--unix", addresses.unix, "--pidfile", pidfile)
+    _refuse_twice("--backup-unix", addresses.backup_unix, "--pidfile", pidfile)
+
+
+def _refuse_twice(name: str, path: str | None, other_name: str, other: str | None) -> None:
+    if path is None or other is None or path == PRIVATE:
+        return
+    if os.path.realpath(path) == os.path.realpath(other):
+        raise UsageError(
+            f"{other} is given twice, by {name} and by {other_name}; give each its own"
+        )
+
+
+def choose_session_options(
+    *,
+    temp_limit: str | None,
+    cluster_size: str | None,
+    on_cbw_error: str | None,
+    cbw_timeout: str | None,
+) -> SessionOptions:
+    """A session's options, from the command's as typed. Raises UsageError."""
+    given: dict[str, object] = {}
+    if cluster_size is not None:
+        given["cluster_size"] = values.parse_size(cluster_size, "--cluster-size")
+    if temp_limit is not None:
+        given["temp_limit"] = values.parse_size(temp_limit, "--temp-limit")
+    if on_cbw_error is not None:
+        given["on_cbw_error"] = on_cbw_error
+    if cbw_timeout is not None:
+        given["cbw_timeout_s"] = values.parse_seconds(cbw_timeout, "--cbw-timeout")
+    try:
+        options = SessionOptions(**given)  # type: ignore[arg-type]
+    except ValueError as error:
+        option, _, text = str(error).partition(" ")
+        raise UsageError(f"--{option.replace('_', '-')} {text}") from None
+    least = options.cluster_size or CLUSTER_SIZE_MIN
+    if options.temp_limit is not None and options.temp_limit < least:
+        raise UsageError(
+            f"--temp-limit: {temp_limit} is less than one cluster of {least} bytes, so that "
+            "nothing could be kept; leave the option out for no limit"
+        )
+    return options

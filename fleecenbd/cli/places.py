@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +51,10 @@ def make_private_directory(path: Path) -> None:
     """
     if path.is_dir():
         return
+    if os.path.lexists(path):
+        raise NotADirectoryError(
+            errno.ENOTDIR, "there is a file of this name, which is no folder", str(path)
+        )
     if path.parent != path:
         make_private_directory(path.parent)
     path.mkdir(mode=0o700, exist_ok=True)

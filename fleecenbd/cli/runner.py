@@ -99,8 +99,14 @@ async def _serve(
         stopping.ask_at_end_of(handed.starter)
     if options.pidfile is not None:
         files.enter_context(pidfile(options.pidfile))
-    if options.addresses is not None:
-        _tell_addresses(options, endpoints)
+    _tell_addresses(options, endpoints)
+    if options.empty_name is None and (handed.client or handed.starter) is not None:
+        # Such a client seldom names an export, and never shows why it was refused.
+        logger.warning(
+            "the empty export name means none of %s; where the client asks for no other, give "
+            "--default-export NAME",
+            ", ".join(options.exports),
+        )
     notify(os.environ, "READY=1")
     if options.command is not None:
         return await _run_command(options, options.command, endpoints, stopping)
@@ -137,12 +143,15 @@ async def _begin(server: Server, options: ServeOptions, session: str) -> None:
 
 
 def _tell_addresses(options: ServeOptions, endpoints: Sequence[Endpoint]) -> None:
-    first, *others = endpoints
-    for export in options.exports:
-        logger.info("serving %s at %s", export, first.uri(export))
-    for endpoint in others:
-        which = "fleecing exports only" if endpoint.backup_only else "all exports"
-        logger.info("serving %s at %s", which, endpoint.uri(""))
+    known = [endpoint for endpoint in endpoints if endpoint.is_known]
+    first = next((endpoint for endpoint in known if not endpoint.backup_only), None)
+    if first is not None:
+        for export in options.exports:
+            logger.info("serving %s at %s", export, first.uri(export))
+    for endpoint in known:
+        if endpoint is not first:
+            which = "fleecing exports only" if endpoint.backup_only else "all exports"
+            logger.info("serving %s at %s", which, endpoint.uri(""))
 
 
 async def _run_command(

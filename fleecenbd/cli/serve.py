@@ -11,13 +11,20 @@ import typer
 import uvloop
 
 from fleecenbd.cli import logs, values
-from fleecenbd.cli.endpoints import DEFAULT_PORT, PRIVATE, Addresses
-from fleecenbd.cli.errors import UsageError
+from fleecenbd.cli.endpoints import DEFAULT_PORT
 from fleecenbd.cli.handed import Handed, starting_client, take_activated, take_standard_input
 from fleecenbd.cli.images import open_disks
-from fleecenbd.cli.options import ServeOptions, check_default_export, refuse_together
+from fleecenbd.cli.options import (
+    ServeOptions,
+    check_default_export,
+    check_pidfile_is_no_socket,
+    choose_addresses,
+    choose_session_options,
+    refuse_empty,
+    refuse_together,
+)
 from fleecenbd.cli.pidfile import check_pidfile
-from fleecenbd.cli.places import default_socket, guests_directory, state_directory
+from fleecenbd.cli.places import guests_directory, state_directory
 from fleecenbd.cli.process import keep_buffers_on_the_heap
 from fleecenbd.cli.runner import run_server
 from fleecenbd.engine.session import SessionOptions
@@ -117,20 +124,20 @@ def serve(
             metavar="ADDR",
             rich_help_panel=SOCKETS,
             show_default=False,
-            help="Listen on TCP too, at this address. Default: the loopback.",
+            help="Listen on TCP too, at this address. Default: 127.0.0.1, "
+            "and ::1 where there is IPv6.",
         ),
     ] = None,
     port: Annotated[
-        int | None,
+        str | None,
         typer.Option(
             "-p",
             "--port",
             metavar="N",
-            min=0,
-            max=65535,
             rich_help_panel=SOCKETS,
             show_default=False,
-            help=f"Listen on TCP too, at this port; 0 for any. Default: {DEFAULT_PORT} with --ip.",
+            help=f"Listen on TCP too, at this port of 127.0.0.1 (or --ip's address); 0 for any. "
+            f"Default: {DEFAULT_PORT} with --ip.",
         ),
     ] = None,
     backup_unix: Annotated[
@@ -143,11 +150,9 @@ def serve(
         ),
     ] = None,
     backup_port: Annotated[
-        int | None,
+        str | None,
         typer.Option(
             metavar="N",
-            min=0,
-            max=65535,
             rich_help_panel=SOCKETS,
             show_default=False,
             help="TCP port that shows fleecing exports only.",
@@ -210,7 +215,7 @@ def serve(
         ),
     ] = None,
     cbw_timeout: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             metavar="SECONDS",
             rich_help_panel=SESSION,
@@ -227,7 +232,9 @@ def serve(
             metavar="NAME",
             rich_help_panel=DISKS,
             show_default=False,
-            help="The export that the empty name means. Default: the empty name is refused.",
+            help="The export that the empty name means. Default: the empty name is refused; but "
+            "where a client starts the server for itself (--single, libnbd's \\[ ]) over one disk "
+            "and a session, it means the fleecing export.",
         ),
     ] = None,
     read_only: Annotated[
@@ -296,6 +303,15 @@ def serve(
     starter = starting_client(activated) if activated is not None else None
     if starter is not None and log_level is None:
         logs.set_up("warning", as_json=json_log)
+    refuse_empty(
+        {
+            "--unix": unix,
+            "--ip": ip,
+            "--backup-unix": backup_unix,
+            "--state-dir": state_dir,
+            "--pidfile": pidfile,
+        }
+    )
     session_given = {
         "--temp-limit": temp_limit is not None,
         "--cluster-size": cluster_size is not None,
@@ -306,12 +322,15 @@ def serve(
         refuse_together(session_given, "without --begin")
     else:
         values.check_name(begin, "a session")
+    backup_given = {
+        "--backup-unix": backup_unix is not None,
+        "--backup-port": backup_port is not None,
+    }
     sockets_given = {
+        **backup_given,
         "--unix": unix is not None,
         "--ip": ip is not None,
         "--port": port is not None,
-        "--backup-unix": backup_unix is not None,
-        "--backup-port": backup_port is not None,
         "--socket-mode": socket_mode is not None,
         "--socket-group": socket_group is not None,
         "--run": run is not None,
@@ -323,25 +342,19 @@ def serve(
     elif single:
         refuse_together(sockets_given, "with --single: the client is there already")
     else:
-        group = values.parse_group(socket_group) if socket_group is not None else None
-        mode = 0o600 if group is None else 0o660
-        if ip is not None and port is None and backup_port is None:
-            port = DEFAULT_PORT
-        if unix == "":
-            raise UsageError("--unix: '' is no path")
-        chosen = unix or (PRIVATE if run is not None else None)
-        addresses = Addresses(
-            unix=chosen or str(default_socket(os.environ, os.geteuid())),
-            unix_is_default=chosen is None,
-            unix_mode=mode if socket_mode is None else values.parse_mode(socket_mode),
-            unix_group=group,
-            host=ip,
+        if begin is None:
+            refuse_together(backup_given, "without --begin: there are no fleecing exports to show")
+        addresses = choose_addresses(
+            unix=unix,
+            ip=ip,
             port=port,
             backup_unix=backup_unix,
             backup_port=backup_port,
+            socket_mode=socket_mode,
+            socket_group=socket_group,
+            is_private=run is not None,
         )
-    if pidfile == "":
-        raise UsageError("--pidfile: '' is no path")
+        check_pidfile_is_no_socket(pidfile, addresses)
     own_client = single or starter is not None or run is not None
     options = ServeOptions(
         disks=values.parse_disks(disk),
@@ -349,7 +362,12 @@ def serve(
         state_directory=state_directory(state_dir) if begin is not None else None,
         guests_directory=None if own_client else guests_directory(state_dir),
         session=begin,
-        session_options=_session_options(temp_limit, cluster_size, on_cbw_error, cbw_timeout),
+        session_options=choose_session_options(
+            temp_limit=temp_limit,
+            cluster_size=cluster_size,
+            on_cbw_error=on_cbw_error.value if on_cbw_error is not None else None,
+            cbw_timeout=cbw_timeout,
+        ),
         default_export=default_export,
         read_only=read_only,
         force_share=force_share,
@@ -362,28 +380,6 @@ def serve(
         check_pidfile(options.pidfile, options.disks)
     client = take_standard_input() if single else None
     return _run(options, Handed(activated, client, starter))
-
-
-def _session_options(
-    temp_limit: str | None,
-    cluster_size: str | None,
-    on_cbw_error: OnCbwError | None,
-    cbw_timeout: float | None,
-) -> SessionOptions:
-    given: dict[str, object] = {}
-    if temp_limit is not None:
-        given["temp_limit"] = values.parse_size(temp_limit, "--temp-limit")
-    if cluster_size is not None:
-        given["cluster_size"] = values.parse_size(cluster_size, "--cluster-size")
-    if on_cbw_error is not None:
-        given["on_cbw_error"] = on_cbw_error.value
-    if cbw_timeout is not None:
-        given["cbw_timeout_s"] = cbw_timeout
-    try:
-        return SessionOptions(**given)  # type: ignore[arg-type]
-    except ValueError as error:
-        option, _, text = str(error).partition(" ")
-        raise UsageError(f"--{option.replace('_', '-')} {text}") from None
 
 
 def _run(options: ServeOptions, handed: Handed) -> int:

@@ -117,7 +117,9 @@ def test_a_directory_is_no_pidfile(fails: Fails, path: str) -> None:
 
 def test_a_pidfile_without_a_name_is_wrong_usage(fails: Fails) -> None:
     line = fails("serve", "vm.raw", "-P", "", status=2)
-    assert line == "fleecenbd: --pidfile: '' is no path"
+    assert (
+        line == "fleecenbd: --pidfile: '' names nothing; leave the option out, or give it a value"
+    )
 
 
 def test_what_took_a_pidfile_s_place_meanwhile_stays() -> None:

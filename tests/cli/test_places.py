@@ -73,5 +73,5 @@ def test_directories_that_are_made_are_ours_alone_and_others_keep_their_mode(
 
 def test_a_file_in_the_place_of_a_directory_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(NotADirectoryError, match="no folder"):
         make_private_directory(tmp_path / "file")

@@ -15,6 +15,7 @@ from fleecenbd.cli import main
 from fleecenbd.cli.errors import HINTS, reason
 from fleecenbd.storage.file import FileDevice
 from fleecenbd.storage.locks import LockMode, lock_image
+from fleecenbd.storage.temp import TempImage
 from tests.cli.conftest import Fails
 
 
@@ -118,7 +119,7 @@ def test_one_image_under_two_names_is_wrong_usage(fails: Fails, image: Path) -> 
         (("x/vm.raw", "y/vm.raw"), ("two disks are called vm", "x/vm.raw", "y/vm.raw")),
         (("qcow2:vm.qcow2",), ("qcow2:vm.qcow2", "yet")),
         (("nbd://host/vm",), ("nbd://host/vm", "yet")),
-        (("my disk.raw",), ("my disk", "NAME=IMAGE")),
+        (("my disk.raw",), ("my disk", "write NAME=my disk.raw")),
     ],
 )
 def test_disks_that_cannot_be_meant_are_wrong_usage(
@@ -138,7 +139,7 @@ def test_a_socket_in_use_is_refused(fails: Fails, image: Path) -> None:
         other.listen()
         line = fails("serve", image, "-U", "f.sock")
         assert "cannot listen on f.sock: the socket is in use" in line
-        line = fails("serve", image, "-U", "-", "--backup-unix", "f.sock")
+        line = fails("serve", image, "-U", "-", "--begin", "n", "--backup-unix", "f.sock")
         assert "cannot listen on f.sock: the socket is in use" in line
 
 
@@ -203,16 +204,42 @@ def test_a_session_s_options_need_a_session(
         (("--begin", "n", "--cluster-size", "3k"), "--cluster-size is a power of two"),
         (("--begin", "n", "--cluster-size", "2k"), "--cluster-size is a power of two"),
         (("--begin", "n", "--temp-limit", "much"), "--temp-limit: 'much' is no size"),
-        (("--begin", "n", "--cbw-timeout", "-1"), "--cbw-timeout is a number of seconds"),
-        (("--begin", "n", "--cbw-timeout", "nan"), "--cbw-timeout is a number of seconds"),
+        (
+            ("--begin", "n", "--cbw-timeout", "-1"),
+            "--cbw-timeout: '-1' is no time: 0 or more seconds",
+        ),
+        (("--begin", "n", "--cbw-timeout", "nan"), "'nan' is no time: 0 or more seconds"),
+        (("--begin", "n", "--cbw-timeout", "inf"), "'inf' is no time: 0 or more seconds"),
+        (("--begin", "n", "--cbw-timeout", "soon"), "'soon' is no time: 0 or more seconds"),
+        (("--begin", "n", "--temp-limit", "0"), "less than one cluster of 4096 bytes"),
+        (("--begin", "n", "--temp-limit", "4095"), "less than one cluster of 4096 bytes"),
+        (
+            ("--begin", "n", "--temp-limit", "4k", "--cluster-size", "8k"),
+            "--temp-limit: 4k is less than one cluster of 8192 bytes",
+        ),
+        (("--ip", ""), "--ip: '' names nothing"),
+        (("--state-dir", ""), "--state-dir: '' names nothing"),
+        (("--begin", "n", "--backup-unix", ""), "--backup-unix: '' names nothing"),
+        (("--backup-unix", "f"), "--backup-unix cannot be given without --begin"),
+        (("--backup-port", "1"), "--backup-port cannot be given without --begin"),
+        (("-p", "70000"), "--port: '70000' is no port: 0 to 65535"),
+        (("-p", "-1"), "--port: '-1' is no port: 0 to 65535"),
+        (("--begin", "n", "--backup-port", "x"), "--backup-port: 'x' is no port: 0 to 65535"),
+        (("--begin", "n", "-p", "9", "--backup-port", "9"), "port 9 is given twice"),
+        (("-U", "f", "--begin", "n", "--backup-unix", "./f"), "./f is given twice, by --unix and"),
+        (("-U", "f", "-P", "./f"), "./f is given twice, by --unix and by --pidfile"),
+        (
+            ("-U", "-", "--begin", "n", "--backup-unix", "f", "-P", "f"),
+            "f is given twice, by --backup-unix and by --pidfile",
+        ),
         (("--begin", "n", "--on-cbw-error", "panic"), "break-guest-write"),
         (("--default-export", "vdz"), "there will be vm"),
         (("--begin", "n", "-e", "vm@m"), "there will be vm, vm@n"),
         (("--socket-mode", "rw"), "--socket-mode"),
         (("--socket-group", "no-such-group"), "--socket-group"),
         (("--unix", ""), "--unix"),
-        (("--port", "65536"), "65535"),
-        (("--port", "x"), "--port"),
+        (("--port", "65536"), "--port: '65536' is no port: 0 to 65535"),
+        (("--port", "x"), "--port: 'x' is no port: 0 to 65535"),
         (("--shared", "-1"), "--shared"),
         (("--log-level", "loud"), "debug"),
         (("--no-such-option",), "--no-such-option"),
@@ -233,9 +260,29 @@ def test_single_without_a_socket_on_standard_input_is_wrong_usage(
 
 def test_a_state_directory_that_cannot_be_made_fails_the_session(fails: Fails, image: Path) -> None:
     Path("file").touch()
-    line = fails("serve", image, "-U", "f.sock", "--begin", "nightly", "--state-dir", "file/state")
-    assert "cannot begin session nightly: file" in line
-    assert not Path("f.sock").exists()
+    for directory in ("file", "file/state"):
+        options = ("--begin", "nightly", "--state-dir", directory)
+        line = fails("serve", image, "-U", "f.sock", *options)
+        assert line == (
+            "fleecenbd: cannot begin session nightly: file: there is a file of this name, which "
+            "is no folder; give another folder for temp images with --state-dir"
+        )
+        assert not Path("f.sock").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EACCES])
+def test_a_temp_image_that_cannot_be_made_names_its_folder_and_the_option(
+    fails: Fails, image: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object, **__: object) -> TempImage:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(TempImage, "create", refuse)
+    line = fails("serve", image, "-U", "f.sock", "--begin", "n", "--state-dir", "state")
+    assert line == (
+        f"fleecenbd: cannot begin session n: state: {os.strerror(number)}; give another folder "
+        "for temp images with --state-dir"
+    )
 
 
 def test_a_pidfile_that_cannot_be_written_fails_the_start(fails: Fails, image: Path) -> None:
@@ -274,6 +321,8 @@ def test_help_tells_every_option_with_its_default(
             assert name in text, name
     for default in ("fleecenbd.sock", "10809", "600", "break-snapshot", "20", "no limit", "info"):
         assert default in text, default
+    assert "127.0.0.1, and ::1" in " ".join(text.split())
+    assert "libnbd's [ ]" in text
     assert "Examples" in text
     assert "nbdcopy -- [ fleecenbd serve vm.raw --begin nightly ] backup.raw" in text
 
