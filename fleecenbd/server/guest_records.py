@@ -29,6 +29,13 @@ logger = logging.getLogger(__name__)
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 PROCESSES = Path("/proc")
 
+_ANOTHER = "; give another folder with --state-dir"
+_OF_THE_FOLDER = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+)
+"""Errnos that another folder is a way out of."""
+
 
 class GuestRecords:
     """The files of one state directory, one for each image that a guest has."""
@@ -51,8 +58,18 @@ class GuestRecords:
             started = record.get("started")
         except (FileNotFoundError, NotADirectoryError):
             return
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s says nothing that can be read (%r): ignored", path, error)
+        except OSError as error:
+            logger.warning(
+                "%s, on guests that were connected, cannot be read (%s), and is ignored%s",
+                path,
+                error.strerror,
+                _ANOTHER if error.errno in _OF_THE_FOLDER else "",
+            )
+            return
+        except (ValueError, KeyError, TypeError):
+            logger.warning(
+                "%s is no record of a guest that was connected, and is ignored; remove it", path
+            )
             return
         if pid is not None and (boot != _boot_id() or not _is_running(int(pid), started)):
             return
@@ -103,7 +120,12 @@ class GuestRecords:
         try:
             await self._pool.run(call)
         except OSError as error:
-            logger.warning("it cannot be noted which guests are connected: %s", error)
+            logger.warning(
+                "it cannot be noted which guests are connected: %s: %s%s",
+                error.filename if error.filename is not None else self._directory,
+                error.strerror,
+                _ANOTHER if error.errno in _OF_THE_FOLDER else "",
+            )
 
     def _write(self, path: Path, text: str) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

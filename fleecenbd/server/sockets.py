@@ -80,11 +80,11 @@ def listen_unix(path: str, *, mode: int = 0o600, group: int | None = None) -> Un
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     raise _in_use(path) from None
-                raise OSError(error.errno, error.strerror, path) from None
+                raise OSError(error.errno, _bind_cause(error), path) from None
             listener = UnixListener(sock, path, _identity(path))
             try:
                 if group is not None:
-                    os.lchown(path, -1, group)
+                    _give_to_group(path, group)
                 os.chmod(path, mode)
                 sock.listen(BACKLOG)
             except BaseException:
@@ -95,6 +95,27 @@ def listen_unix(path: str, *, mode: int = 0o600, group: int | None = None) -> Un
     except BaseException:
         sock.close()
         raise
+
+
+def _bind_cause(error: OSError) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return (
+            f"{error.strerror}: no right to make a socket in this folder; choose another path, "
+            "or run as somebody who may"
+        )
+    if error.errno == errno.EROFS:
+        return f"{error.strerror}; choose another path"
+    return error.strerror or str(error)
+
+
+def _give_to_group(path: str, group: int) -> None:
+    try:
+        os.lchown(path, -1, group)
+    except OSError as error:
+        text = f"the socket cannot be given to group {group}: {error.strerror}"
+        if error.errno == errno.EPERM:
+            text += "; name a group that this user is in, or run as root"
+        raise OSError(error.errno, text, path) from None
 
 
 @contextmanager

@@ -115,9 +115,30 @@ async def test_a_record_that_cannot_be_read_is_told_and_ignored(
 ) -> None:
     records = await _noted(tmp_path)
     (path,) = (tmp_path / "state" / "guests").iterdir()
-    path.write_text("{")
+    for content in ("{", "[]", "{}"):
+        path.write_text(content)
+        caplog.clear()
+        records.check("vm", "vm.raw", 2 * MIB, writable=True)
+        assert caplog.messages == [
+            f"{path} is no record of a guest that was connected, and is ignored; remove it"
+        ]
+
+
+async def test_a_record_that_one_may_not_read_names_the_file_and_the_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = await _noted(tmp_path)
+    (path,) = (tmp_path / "state" / "guests").iterdir()
+
+    def refuse(*_: object, **__: object) -> str:  # root may read everything
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
     records.check("vm", "vm.raw", 2 * MIB, writable=True)
-    assert str(path) in caplog.text
+    assert caplog.messages == [
+        f"{path}, on guests that were connected, cannot be read (Permission denied), and is "
+        "ignored; give another folder with --state-dir"
+    ]
 
 
 async def test_a_state_directory_that_cannot_be_written_is_told_and_hurts_nobody(
@@ -125,7 +146,11 @@ async def test_a_state_directory_that_cannot_be_written_is_told_and_hurts_nobody
 ) -> None:
     (tmp_path / "state").write_text("a file")
     records = await _noted(tmp_path)
-    assert "cannot be noted" in caplog.text
+    (message,) = caplog.messages
+    assert message == (
+        f"it cannot be noted which guests are connected: {tmp_path}/state/guests: "
+        "Not a directory; give another folder with --state-dir"
+    )
     records.check("vm", "vm.raw", MIB, writable=True)
 
 

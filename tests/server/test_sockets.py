@@ -105,9 +105,29 @@ def test_a_group_that_cannot_be_given_leaves_no_socket_file(
         raise PermissionError(errno.EPERM, "Operation not permitted", path)
 
     monkeypatch.setattr(os, "lchown", refuse)
-    with pytest.raises(PermissionError):
+    with pytest.raises(PermissionError, match=r"cannot be given to group 1: .*; name a group"):
         listen_unix(path, group=1)
     assert not os.path.lexists(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "way_out"),
+    [
+        (errno.EACCES, "no right to make a socket in this folder; choose another path, or run as"),
+        (errno.EROFS, "Read-only file system; choose another path"),
+    ],
+)
+def test_a_folder_where_no_socket_can_be_made_says_what_to_do(
+    path: str, monkeypatch: pytest.MonkeyPatch, number: int, way_out: str
+) -> None:
+    class Refused(socket.socket):  # root may do everything
+        def bind(self, address: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket, "socket", Refused)
+    with pytest.raises(OSError, match=way_out) as caught:
+        listen_unix(path)
+    assert caught.value.filename == path
 
 
 def test_a_socket_that_is_alive_is_refused_and_left_alone(path: str) -> None:
