@@ -66,6 +66,8 @@ def _open(spec: DiskSpec, read_only: bool, force_share: bool) -> FileDevice:
             text += (
                 f" (run as somebody who may {may} it{'' if read_only else ', or try --read-only'})"
             )
+        if error.errno == errno.ENOENT and os.path.exists(whole := f"{spec.name}={spec.path}"):
+            text += f"; where the file {whole} is meant, write NAME={whole}"
         raise CommandError(f"cannot open disk {spec.name}: {text}") from error
     try:
         if device.size == 0:

@@ -375,8 +375,9 @@ def test_single_keeps_the_log_away_from_the_client(image: Path) -> None:
 def test_sockets_handed_over_by_systemd_are_served_by_their_names(
     image: Path, tmp_path: Path
 ) -> None:
-    options = ("--begin", "n", "--state-dir", "state")
-    with _listening("g.sock", "b.sock", "c.sock") as descriptors:
+    options = ("--begin", "n", "--state-dir", "state", "--log-level", "info")
+    paths = [str(tmp_path / name) for name in ("g.sock", "b.sock")]
+    with _listening(*paths, "c.sock") as descriptors:
         with started(
             tmp_path,
             *_activated(descriptors, image, *options),
@@ -388,6 +389,8 @@ def test_sockets_handed_over_by_systemd_are_served_by_their_names(
             status, _, err = _end(process)
         assert status == 0
         assert "no control socket yet" in err
+        assert f"serving vm@n at nbd+unix:///vm@n?socket={tmp_path}/g.sock" in err
+        assert f"serving fleecing exports only at nbd+unix:///?socket={tmp_path}/b.sock" in err
         assert Path("g.sock").is_socket(), "the file is systemd's to remove"
 
 
@@ -460,6 +463,25 @@ def test_a_client_that_starts_the_server_ends_it_by_closing(image: Path) -> None
     del handle
     assert _wait_until_gone(pid)
     assert not Path("pid").exists()
+
+
+@pytest.mark.parametrize("option", [(), ("-e", "vm@n")])
+def test_a_client_that_started_the_server_learns_why_the_empty_name_is_refused(
+    image: Path, tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    Path("b.raw").write_bytes(bytes(SIZE))
+    script = (
+        "import nbd, sys\n"
+        "handle = nbd.NBD()\n"
+        "handle.connect_systemd_socket_activation(sys.argv[1:])\n"
+    )
+    server = (*SERVE, image, "b.raw", "--begin", "n", "--state-dir", "state", *option)
+    client = subprocess.run(
+        [sys.executable, "-c", script, *server], capture_output=True, text=True, check=False
+    )
+    told = "warning: the empty export name means none of vm, b, vm@n, b@n; where the client asks"
+    assert (client.returncode == 0) == bool(option)
+    assert (told in client.stderr) != bool(option)
 
 
 def test_a_server_ends_with_the_client_that_started_it_for_itself(image: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from fleecenbd.storage.file import FileDevice
 from fleecenbd.storage.locks import LockMode, lock_image
 from fleecenbd.storage.temp import TempImage
 from tests.cli.conftest import Fails
+from tests.serving import FLEECENBD
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An image of 1 MiB in the current directory, whose name is short."""
     monkeypatch.chdir(tmp_path)
@@ -36,6 +38,14 @@ def test_a_missing_image_is_named(fails: Fails) -> None:
     assert line == (
         "fleecenbd: cannot open disk vda: missing.raw: No such file or directory (check the path)"
     )
+
+
+def test_a_file_with_an_equals_sign_in_its_name_is_not_just_missing(fails: Fails) -> None:
+    whole = Path("vda=missing.raw")
+    whole.write_bytes(bytes(4096))
+    line = fails("serve", str(whole), "-U", "-")
+    assert line.endswith("where the file vda=missing.raw is meant, write NAME=vda=missing.raw")
+    assert "missing/f.sock" in fails("serve", f"vdb={whole}", "-U", "missing/f.sock")
 
 
 def test_a_directory_is_no_image(fails: Fails, tmp_path: Path) -> None:
@@ -325,6 +335,27 @@ def test_help_tells_every_option_with_its_default(
     assert "libnbd's [ ]" in text
     assert "Examples" in text
     assert "nbdcopy -- [ fleecenbd serve vm.raw --begin nightly ] backup.raw" in text
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("--help",), ("serve", "--help")])
+def test_output_that_cannot_be_written_is_one_line_and_no_fault_of_ours(
+    arguments: tuple[str, ...],
+) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [FLEECENBD, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert result.returncode == 1
+    assert result.stderr == (
+        "fleecenbd: cannot write to standard output: No space left on device\n"
+    )
+
+
+def test_without_standard_output_help_goes_nowhere() -> None:
+    result = subprocess.run(
+        ["sh", "-c", '"$1" serve --help >&-', "sh", FLEECENBD], capture_output=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
 
 
 def test_with_json_log_a_failure_is_an_object_too(fails: Fails) -> None:
