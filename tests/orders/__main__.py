@@ -37,7 +37,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bug", metavar="NAME", help="with this planted bug in the engine")
     parser.add_argument("--planted", action="store_true", help="hunt every planted bug; a table")
     options = parser.parse_args(arguments)
-    logging.disable(logging.CRITICAL)
     chosen = [s for s in SCENARIOS if not options.scenario or s.name in options.scenario]
     if options.scenario and len(chosen) < len(options.scenario):
         parser.error(f"--scenario takes names of: {' '.join(s.name for s in SCENARIOS)}")
@@ -118,4 +117,5 @@ def tell(result: Exploration, under_test: engine.Engine) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.CRITICAL)  # of this process: what a run finds is printed
     sys.exit(main())
