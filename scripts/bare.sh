@@ -67,7 +67,7 @@ mkdir -p "$folder"
 if [ ! -e "$pristine/.complete" ]; then
     mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' |
         grep -E '/debian/?$' | head -n 1)}
-    mirror=${mirror:-http://deb.debian.org/debian}
+    [ -n "$mirror" ] || fail "apt names no mirror here: set DEBIAN_MIRROR"
     say "debootstrap $codename from $mirror (minutes)"
     rm -rf "$pristine"
     debootstrap --variant=minbase "$codename" "$pristine" "$mirror" >"$folder/debootstrap.log" ||
