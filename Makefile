@@ -20,7 +20,7 @@ SEEDS ?= 200
 RUNS ?= 20
 SECONDS ?= 60
 
-.PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress guest bare bench-quick coverage mutate clean
+.PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress guest bare bench-quick coverage mutate dist clean
 
 help:  ## this text
 	@echo "fleecenbd - make targets:"
@@ -109,6 +109,10 @@ mutate: $(MUTMUT)  ## mutants of engine and nbd: do the tests notice? MUTATE='en
 $(MUTMUT): $(READY)
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8,<4'
 	@touch $@
+
+dist: $(READY)  ## wheel and source archive into dist/
+	@rm -rf dist
+	$(PYTHON) -m build --no-isolation
 
 clean:  ## remove .venv and everything that tools leave behind
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* htmlcov build dist *.egg-info
