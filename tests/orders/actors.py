@@ -102,7 +102,6 @@ async def _arm(world: OrderWorld, name: str) -> bool:
             world.armings_pending.append(plan)
             for disk in disks:
                 disk.hold()
-                world.checkers.held(disk)
         return temps[-1]
 
     began = world.loop.time()
@@ -115,7 +114,6 @@ async def _arm(world: OrderWorld, name: str) -> bool:
         world.armings_pending.remove(plan)
         for disk in disks:
             disk.release_hold()
-            world.checkers.counted.pop(disk.name, None)
     world.checkers.after_step()
     return True
 

@@ -71,7 +71,6 @@ def parts_of(world: OrderWorld) -> tuple[Any, ...]:
     return (
         loop.time(),
         world.failures_left,
-        tuple(world.checkers.counted.items()),
         tuple([_actor(actor, see) for actor in world.actors]),
         tuple([see(handle) for handle in loop.ready_handles()]),
         tuple([(timer.when(), see(timer)) for timer in loop.timers()]),
@@ -154,7 +153,8 @@ def _disk(disk: SimDisk, see: Callable[[Any], Any]) -> Any:
         )
         for seen in disk.reads_seen
     )
-    return described, tuple(reads), disk.holds, disk.held_since, disk.held_before_s
+    counted = see({task for task in disk.counted if not task.done()})
+    return described, tuple(reads), disk.holds, counted, disk.held_since, disk.held_before_s
 
 
 def _change(call: Call) -> Any:

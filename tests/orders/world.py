@@ -23,7 +23,7 @@ from typing import Any
 
 from tests.simulation import engine
 from tests.simulation.calls import Call, Profile
-from tests.simulation.checkers import Violation
+from tests.simulation.checkers import Checkers, Violation
 from tests.simulation.history import History
 from tests.simulation.loop import Spinning
 from tests.simulation.plan import DiskPlan, SessionPlan
@@ -32,7 +32,6 @@ from tests.simulation.watch import FleeceWatch
 from tests.simulation.world import SimDisk, World
 
 from .actors import Actor, make, may_begin
-from .checkers import OrderCheckers
 from .choices import Choices
 from .devices import ACTOR, OrderDevice
 from .loop import OrderLoop
@@ -78,7 +77,7 @@ class OrderWorld(World):
         self.failures_left = scenario.failures
         self.loop = OrderLoop()
         self.rng = _Middle()
-        self.checkers = OrderCheckers(self)
+        self.checkers = Checkers(self)
         self.met = self.checkers.met
         self.devices: list[OrderDevice] = []
         self.plan_of_temp = {}

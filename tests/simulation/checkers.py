@@ -223,7 +223,7 @@ class Checkers:
         if call.kind in CHANGES and not device.is_temp:
             if isinstance(call.request, GuestWrite):
                 call.request.changes.append(call)
-            if self.world.disk_of[device].holds:
+            if not self.world.disk_of[device].may_change():
                 self.violation(f"T0: {call} of {device.name} began while an arming holds guests")
         self.world.react(device, call)
 

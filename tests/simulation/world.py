@@ -50,6 +50,8 @@ class SimDisk:
     reads_seen: list[GuestRead] = field(default_factory=list)
     holds: int = 0
     """Armings that hold this disk's guests now."""
+    counted: set[asyncio.Task[Any]] = field(default_factory=set)
+    """Active writes that the engine had started, and so waits for, when the guests were held."""
     held_since: float = 0.0
     held_before_s: float = 0.0
 
@@ -64,12 +66,22 @@ class SimDisk:
     def hold(self) -> None:
         if not self.holds:
             self.held_since = self.loop.time()
+            self.counted = set(self.engine_disk._active_calls)
         self.holds += 1
 
     def release_hold(self) -> None:
         self.holds -= 1
         if not self.holds:
             self.held_before_s = self.held_s(ended=True)
+            self.counted = set()
+
+    def may_change(self) -> bool:
+        """Whether the task that runs may call the device to change it.
+
+        The engine counts an active write in the step that starts it; its call begins when the
+        task made for it has its turn. A hold that comes in between does not hold that one.
+        """
+        return not self.holds or asyncio.current_task(self.loop) in self.counted
 
     def held_s(self, *, ended: bool = False) -> float:
         """Seconds of virtual time in which an arming held this disk's guests."""
