@@ -12,7 +12,7 @@ import pytest
 from . import mutations
 from .planted import PLANTED
 
-DIRECTED = "tests/engine/test_directed_races.py"
+DIRECTED = "tests/engine/races"
 
 
 def main(arguments: list[str]) -> int:
