@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from fleecenbd.nbd.catalog import ExportInfo
 from fleecenbd.nbd.constants import NBD_REP_ERR_POLICY
 from fleecenbd.nbd.errors import NegotiationError
-from fleecenbd.server.connection import Connection
 from fleecenbd.server.exports import Export, GuestExport
 from fleecenbd.server.limits import Budget, ServerLimits
 
@@ -25,10 +25,58 @@ FindExport = Callable[[str, bool], Export]
 ListExports = Callable[[bool], Sequence[tuple[str, str]]]
 
 
+class Client(Protocol):
+    """Who may be connected: a Connection, or whoever else's requests are served here."""
+
+    @property
+    def peer(self) -> str:
+        """Who it is, for messages: ``pid 123``, or an address."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its process; None if that is not known, as over TCP."""
+
+    @property
+    def backup_only(self) -> bool:
+        """Whether it is shown fleecing exports only."""
+
+    @property
+    def handshaking(self) -> bool:
+        """Whether its handshake is not over yet."""
+
+    @property
+    def export(self) -> Export | None:
+        """Where it has a place; None during the handshake."""
+
+    def peer_has_gone(self) -> bool:
+        """Whether the client is known to have closed its end."""
+
+    def drop(self, why: str) -> None:
+        """End at once, with replies unsent."""
+
+    def abort(self) -> None:
+        """End with no more replies; what is in flight goes on."""
+
+    def fail_pending(self, error: OSError) -> None:
+        """Answer every request in flight with ``error`` now."""
+
+    def finish(self, error: OSError) -> None:
+        """The export is gone: answer what is in flight with ``error``, and end."""
+
+    async def drain(self) -> None:
+        """Take no more requests; return when those in flight have ended and are answered."""
+
+    def close(self) -> None:
+        """End when the last replies have left."""
+
+    async def closed(self) -> None:
+        """Return when it has ended."""
+
+
 class ClientCatalog:
     """What one client is offered (nbd.catalog.Catalog)."""
 
-    def __init__(self, clients: Clients, connection: Connection) -> None:
+    def __init__(self, clients: Clients, connection: Client) -> None:
         self._clients = clients
         self._connection = connection
 
@@ -71,7 +119,7 @@ class Clients:
         self.limits = limits
         self.find_export = find_export
         self.list_exports = list_exports
-        self.connections: dict[Connection, None] = {}
+        self.connections: dict[Client, None] = {}
         self.guest_came: Callable[[GuestExport, int | None], None] = lambda export, pid: None
         """Called with each client of a guest export that comes, and its process if known."""
         self.guest_left: Callable[[GuestExport], None] = lambda export: None
@@ -80,7 +128,7 @@ class Clients:
         self._fleecing_budget = Budget(limits.bytes_max_all)
         self._leftovers: dict[Export, set[asyncio.Task[None]]] = {}
 
-    def catalog_for(self, connection: Connection) -> ClientCatalog:
+    def catalog_for(self, connection: Client) -> ClientCatalog:
         """The catalog that the connection's handshake asks."""
         return ClientCatalog(self, connection)
 
@@ -88,7 +136,7 @@ class Clients:
         """The budget that connections to this kind of export share."""
         return self._guest_budget if export.is_guest else self._fleecing_budget
 
-    def of(self, export: Export) -> list[Connection]:
+    def of(self, export: Export) -> list[Client]:
         """The connections to an export, oldest first."""
         return [connection for connection in self.connections if connection.export is export]
 
@@ -104,7 +152,7 @@ class Clients:
                 return True
         return False
 
-    def add(self, connection: Connection) -> None:
+    def add(self, connection: Client) -> None:
         self.connections[connection] = None
 
     def take_place(self, export: Export) -> None:
@@ -134,7 +182,7 @@ class Clients:
                 "kept for guests",
             )
 
-    def began(self, connection: Connection) -> None:
+    def began(self, connection: Client) -> None:
         """The connection's handshake has ended with an export."""
         export = connection.export
         if isinstance(export, GuestExport):
@@ -142,7 +190,7 @@ class Clients:
 
     # -- ends ------------------------------------------------------------------------------
 
-    def lost(self, connection: Connection, in_flight: set[asyncio.Task[None]]) -> None:
+    def lost(self, connection: Client, in_flight: set[asyncio.Task[None]]) -> None:
         """A connection is no more, with these requests still on their way."""
         self.connections.pop(connection, None)
         export = connection.export

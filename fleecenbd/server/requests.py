@@ -36,12 +36,19 @@ async def perform(
 
     RequestRules has let the request pass. Raises OSError.
     """
-    flags, command, cookie, offset, length, payload = request
+    flags, command, cookie, offset, length, _ = request
     if command == NBD_CMD_READ:
         data = await export.read(offset, length)
         return replies.read(cookie, offset, data, dont_fragment=flags & NBD_CMD_FLAG_DF != 0)
     if command == NBD_CMD_BLOCK_STATUS:
         return await _block_status(export, replies, contexts, request)
+    await change(export, request)
+    return [replies.done(cookie, offset)]
+
+
+async def change(export: Export, request: Request) -> None:
+    """Do what a request asks that has no more to answer than that it is done. Raises OSError."""
+    flags, command, _, offset, length, payload = request
     if command == NBD_CMD_WRITE:
         assert payload is not None, "the decoder hands out whole requests"
         await export.write(offset, payload)
@@ -56,7 +63,6 @@ async def perform(
         )
     if command == NBD_CMD_FLUSH or flags & NBD_CMD_FLAG_FUA:
         await export.flush()
-    return [replies.done(cookie, offset)]
 
 
 async def _block_status(
@@ -75,15 +81,21 @@ async def _block_status(
 
 
 def failure(replies: Replies, request: Request, error: OSError, *, is_guest: bool) -> bytes:
-    """The reply to a request that failed.
+    """The reply to a request that failed."""
+    number = error_number(request, error, is_guest=is_guest)
+    text = error.strerror or str(error)
+    return replies.error(request[2], request[3], number, text, is_read=request[1] == NBD_CMD_READ)
+
+
+def error_number(request: Request, error: OSError, *, is_guest: bool) -> int:
+    """The NBD error of a request that failed.
 
     A guest never sees NBD_ESHUTDOWN, not even when its own device says so: QEMU takes it for the
     server's end (docs/semantics.md, section 9).
     """
-    flags, command, cookie, offset, _, _ = request
+    flags, command, _, _, _, _ = request
     fast = command == NBD_CMD_WRITE_ZEROES and flags & NBD_CMD_FLAG_FAST_ZERO != 0
     number = nbd_errno(error.errno, fast_zero=fast)
     if number == NBD_ESHUTDOWN and is_guest:
-        number = NBD_EIO
-    text = error.strerror or str(error)
-    return replies.error(cookie, offset, number, text, is_read=command == NBD_CMD_READ)
+        return NBD_EIO
+    return number
