@@ -3,6 +3,8 @@
 #
 #   scripts/setup.sh base    what the server and the demo need, and .venv
 #   scripts/setup.sh tools   what the tests and the benchmarks need besides
+#   scripts/setup.sh lint    what looks at the shell scripts
+#   scripts/setup.sh peers   what makes a Debian in a folder (scripts/peers.sh, scripts/bare.sh)
 #
 # Looks for commands and Python modules, not for packages: what is there in whatever way is left
 # alone. What is missing is installed by apt-get (Debian 12 and 13, and what descends from them),
@@ -94,8 +96,25 @@ tools() {
     say "tools ready"
 }
 
+lint() {
+    need shellcheck shellcheck
+    install_missing
+}
+
+peers() {
+    need debootstrap debootstrap
+    need mount mount umount
+    need util-linux unshare pivot_root flock
+    # Without its keys debootstrap takes whatever an archive says; with none of these it can't look.
+    [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || missing="$missing debian-archive-keyring"
+    command -v sqv >/dev/null 2>&1 || need gpgv gpgv
+    install_missing
+}
+
 case "${1:-}" in
     base) base ;;
     tools) tools ;;
-    *) fail "usage: scripts/setup.sh base|tools" ;;
+    lint) lint ;;
+    peers) peers ;;
+    *) fail "usage: scripts/setup.sh base|tools|lint|peers" ;;
 esac
