@@ -12,6 +12,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 PYTHON := .venv/bin/python
 READY := .venv/.ready
 TOOLS := .venv/.tools
+SHELLCHECK := .venv/.shellcheck
 MUTMUT := .venv/.mutmut
 FUZZER := .venv/.fuzzer
 
@@ -54,10 +55,15 @@ demo: $(READY)  ## back up a disk while it is being overwritten, with and withou
 test: lint $(TOOLS)  ## everything that must pass: lint, unit tests, simulation, interop, examples
 	$(PYTHON) -m pytest $(PYTEST)
 
-lint: $(READY)  ## ruff format (check only), ruff, mypy --strict
+lint: $(READY) $(SHELLCHECK)  ## ruff format (check only), ruff, mypy --strict, shellcheck
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
+	shellcheck -x .ci/run scripts/*.sh
+
+$(SHELLCHECK): $(READY) scripts/setup.sh
+	@sh scripts/setup.sh lint
+	@touch $@
 
 format: $(READY)  ## let ruff format the code and sort the imports
 	$(PYTHON) -m ruff format .
@@ -69,7 +75,7 @@ simulate: $(READY)  ## seeded runs of the engine against its checkers: SEEDS=N, 
 explore: $(READY)  ## every order of events, the long set; ORDERS='--scenario NAME' for one of them
 	$(PYTHON) -m tests.orders $(ORDERS)
 
-interop: $(if $(PEERS),,$(TOOLS))  ## only the tests with other people's NBD clients; PEERS=trixie: Debian 13's
+interop: $(if $(PEERS),,$(TOOLS))  ## only the tests with other people's NBD clients; PEERS=trixie: Debian 13's (root)
 	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m pytest tests/interop tests/differential tests/peers $(PYTEST)
 
 differential: $(if $(PEERS),,$(TOOLS))  ## scripts drawn from seeds to us and to QEMU: SEEDS=N, SEED=n; PEERS=trixie: QEMU 10
@@ -93,7 +99,7 @@ stress: $(TOOLS)  ## fio with verify, two pulls, a trimmer and a killed client: 
 guest: $(TOOLS)  ## a Linux guest on the guest export: backups, discards, restarts under it
 	$(PYTHON) -m pytest -s tests/guest/test_*.py tests/guest/long_*.py $(PYTEST)
 
-bare:  ## the README's commands on a bare Debian: DEBIAN=12 or 13 (root, debootstrap)
+bare:  ## the README's commands on a bare Debian: DEBIAN=12 or 13 (root)
 	sh scripts/bare.sh $(DEBIAN)
 
 bench-quick: $(TOOLS)  ## a short paired run against qemu-storage-daemon
