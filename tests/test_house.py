@@ -17,6 +17,7 @@ ALLOWED = {
     "server": {"engine", "nbd", "storage"},
     "client": {"engine", "nbd", "storage"},
     "cli": {"client", "engine", "nbd", "server", "storage"},
+    "plugin": {"cli", "engine", "nbd", "server", "storage"},
 }
 
 

@@ -115,14 +115,15 @@ class TempDirectory:
 
         An image that nobody waits for any more when it is made is closed.
         """
-        making = self._pool.run(self._create, disk.name, disk.size, cluster_size)
+        making = self._pool.run(self.create, disk.name, disk.size, cluster_size)
         try:
             return await asyncio.shield(making)
         except asyncio.CancelledError:
             making.add_done_callback(_close_made)
             raise
 
-    def _create(self, name: str, size: int, cluster_size: int) -> Device:
+    def create(self, name: str, size: int, cluster_size: int) -> Device:
+        """``make``, in this very thread. Raises OSError. Blocks."""
         image = f"{name}@{self._session}"
         try:
             make_private_directory(self.path)

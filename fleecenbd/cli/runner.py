@@ -43,7 +43,7 @@ async def run_server(
     asyncio.get_running_loop().set_exception_handler(logs.loop_exception)
     stopping = Stopping()
     stopping.catch_signals()
-    records = _guest_records(options, disks)
+    records = guest_records(options, disks)
     server = Server(
         default_export=options.empty_name,
         shared=options.shared,
@@ -63,7 +63,7 @@ async def run_server(
     return status if stopped else 1
 
 
-def _guest_records(options: ServeOptions, disks: Sequence[Disk]) -> GuestRecords | None:
+def guest_records(options: ServeOptions, disks: Sequence[Disk]) -> GuestRecords | None:
     """Where connected guests are noted; refuses disks that a guest would find different.
 
     None where no guest could come back: the server is one client's own.

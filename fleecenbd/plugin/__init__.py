@@ -1,0 +1,1 @@
+"""The engine behind nbdkit: what plugins/fleece.py, which nbdkit loads, calls."""
