@@ -118,7 +118,7 @@ $(MUTMUT): $(READY)
 
 dist: $(READY)  ## wheel and source archive into dist/
 	@rm -rf dist
-	$(PYTHON) -m build --no-isolation
+	$(PYTHON) -m build --no-isolation --quiet
 
 clean:  ## remove .venv and everything that tools leave behind
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* htmlcov build dist *.egg-info

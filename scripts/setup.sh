@@ -92,7 +92,10 @@ tools() {
     need nbdkit nbdkit
     need systemd systemd-socket-activate
     need git git
+    need graphviz dot
     install_missing
+    # What fleecenbd depends on, as wheels: a test installs it into an environment without network.
+    .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --wheel-dir .venv/wheels .
     say "tools ready"
 }
 
