@@ -1,0 +1,145 @@
+"""The pulls that TRIM, run as a user runs them while a guest writes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.disks import KIB, MIB, first_difference
+from tests.examples.conftest import SIZE, Busy, command_of, example, example_without_space
+from tests.interop.conftest import extents
+from tests.serving import connected, try_run
+
+ACCESS = "x-fleecenbd:access"
+READABLE, HELD = 1, 2
+
+each_pull = pytest.mark.parametrize("name", ["pull-with-trim.py", "pull-with-trim.sh"])
+
+
+def _access(uri: str) -> list[tuple[int, int, int]]:
+    """(offset, length, bits) of what the server says may still be read, and what it holds."""
+    with connected(uri, lambda client: client.add_meta_context(ACCESS)) as client:
+        found, offset = [], 0
+        for length, bits in extents(client, ACCESS, client.get_size()):
+            found.append((offset, length, bits))
+            offset += length
+        return found
+
+
+@each_pull
+def test_a_pull_equals_the_disk_at_arming_and_frees_all_temp_space(
+    busy: Busy, tmp_path: Path, name: str
+) -> None:
+    assert busy.server.temp_bytes() > 0, "the guest has made the server keep nothing"
+    writes = busy.guest.writes
+    target = tmp_path / "a b.raw"
+    done = example(name, busy.backup, target)
+    assert done.status == 0, done.stderr
+    assert busy.has_written_since(writes)
+    assert first_difference(busy.before["vm"], target) is None
+    # The guest goes on, and nothing is kept any more.
+    assert _access(busy.backup) == [(0, SIZE, 0)]
+    assert busy.server.temp_bytes() == 0
+    assert target.stat().st_blocks * 512 < 20 * MIB, "zeroes take space"
+    assert not (tmp_path / "a b.raw.part").exists()
+
+
+@each_pull
+def test_a_pull_tells_how_far_it_is_on_standard_error(
+    busy: Busy, tmp_path: Path, name: str
+) -> None:
+    done = example(name, busy.backup, tmp_path / "backup")
+    assert done.status == 0
+    assert done.stdout == ""
+    # In text mode a carriage return reads as the end of a line.
+    told = re.findall(r"^ *(\d+) % .*MiB of data stored", done.stderr, re.MULTILINE)
+    percents = [int(percent) for percent in told]
+    assert len(percents) >= 3
+    assert percents == sorted(percents)
+    assert percents[-1] == 100
+
+
+@each_pull
+def test_a_pull_without_space_for_its_target_has_released_only_what_is_stored(
+    busy: Busy, tmp_path: Path, name: str
+) -> None:
+    done, left = example_without_space(tmp_path, name, busy.backup, "3m")
+    assert done.status == 1, done.stderr
+    assert "No space left" in done.stderr
+    assert [path.name for path in left.iterdir()] == ["backup.part"]
+    access = _access(busy.backup)
+    released = [(offset, length) for offset, length, bits in access if not bits & READABLE]
+    assert released, "the target was full before anything was released"
+    assert sum(length for _, length in released) < SIZE
+    with busy.before["vm"].open("rb") as before, (left / "backup.part").open("rb") as part:
+        for offset, length in released:
+            before.seek(offset)
+            part.seek(offset)
+            assert part.read(length) == before.read(length), f"[{offset}, {offset + length})"
+
+
+RECORDER = """
+import os, nbd
+
+def recorded(name, call):
+    def wrapped(*arguments):
+        with open(os.environ["EVENTS"], "a") as events:
+            print(name, *arguments[1:], file=events)
+        return call(*arguments)
+    return wrapped
+
+os.fdatasync = recorded("sync", os.fdatasync)
+nbd.NBD.pread = recorded("read", nbd.NBD.pread)
+nbd.NBD.trim = recorded("trim", nbd.NBD.trim)
+"""
+
+
+@each_pull
+def test_a_pull_makes_durable_what_it_has_read_before_it_releases_it(
+    busy: Busy, tmp_path: Path, name: str
+) -> None:
+    # Python runs this module before anything else, in the script and in nbdsh.
+    (tmp_path / "sitecustomize.py").write_text(RECORDER)
+    events = tmp_path / "events"
+    environment = (f"PYTHONPATH={tmp_path}", f"EVENTS={events}")
+    command = ("env", *environment, *command_of(name), busy.backup, tmp_path / "backup")
+    result = try_run(*command)
+    assert result.returncode == 0, result.stderr
+    is_durable, released = True, 0
+    for line in events.read_text().splitlines():
+        event, *numbers = line.split()
+        if event == "trim":
+            assert is_durable, "released before what was read is durable"
+            assert int(numbers[1]) == released, "a TRIM out of order"
+            released += int(numbers[0])
+        else:
+            is_durable = event == "sync"
+    assert released == SIZE
+
+
+@each_pull
+def test_a_pull_keeps_its_hands_off_what_another_left(
+    busy: Busy, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "backup.part").write_text("the only copy")
+    done = example(name, busy.backup, tmp_path / "backup")
+    assert done.status == 1
+    assert "backup.part" in done.stderr
+    assert (tmp_path / "backup.part").read_text() == "the only copy"
+    assert not (tmp_path / "backup").exists()
+    assert all(bits & READABLE for _, _, bits in _access(busy.backup))
+
+
+@each_pull
+def test_a_pull_of_what_somebody_else_has_released_fails(
+    busy: Busy, tmp_path: Path, name: str
+) -> None:
+    # Where the disk has data: its very last bytes.
+    with connected(busy.backup) as other:
+        other.trim(512 + 4 * KIB, SIZE - 512 - 4 * KIB)
+    done = example(name, busy.backup, tmp_path / "backup")
+    assert done.status == 1
+    assert "Invalid argument" in done.stderr
+    assert not (tmp_path / "backup").exists()
+    # What it had stored by then is kept, since it may be released already.
+    assert (tmp_path / "backup.part").exists()
