@@ -54,6 +54,7 @@ ERRORS: dict[str, tuple[str, set[str | None]]] = {
     "write-past-end": ("ENOSPC", {"EINVAL"}),
     "fast-zero-copies": ("ENOTSUP", {None}),
     "write-to-backup": ("EPERM", {"ENOTSUP"}),
+    "write-to-backup past its end": ("EPERM", {"EINVAL"}),
     "zero-on-backup": ("EINVAL", {"ENOTSUP"}),
     "cache-on-backup": ("EINVAL", {None}),
     "fua-on-backup": ("EINVAL", {None, "ENOTSUP"}),
@@ -86,7 +87,7 @@ def explain(step: Step, ours: Answer, theirs: Answer, truth: Truth) -> set[str |
         return set()
     name = _about_requests(step, truth)
     if name is not None:
-        our_error, their_errors = ERRORS[name]
+        our_error, their_errors = ERRORS[_where(step, name, truth)]
         if ours.error == our_error and theirs.error in their_errors:
             return {name}
         return {Unexplained(step, f"{name}, but we say {ours}, QEMU {theirs}")}
@@ -99,15 +100,23 @@ def explain(step: Step, ours: Answer, theirs: Answer, truth: Truth) -> set[str |
 
 def _about_requests(step: Step, truth: Truth) -> str | None:
     """The difference that a request makes by itself, whatever was released."""
+    if (step.side, step.request) == ("backup", "write") and "fua" not in step.flags:
+        return "write-to-backup"  # whatever its range is
     if step.length == 0 and step.request != "flush":
         return "length-zero"
-    if step.request in ("write", "zero") and step.end > truth.size:
+    if step.side == "guest" and step.request in ("write", "zero") and step.end > truth.size:
         return "write-past-end"
     if step.side == "backup":
         if "fua" in step.flags:
             return "fua-on-backup"
         return REFUSED_TO_BACKUP.get(step.request)
     return "fast-zero-copies" if truth.too_slow(step) else None
+
+
+def _where(step: Step, name: str, truth: Truth) -> str:
+    """The row of ERRORS for a difference: QEMU looks at a write's range before all else."""
+    past_end = name == "write-to-backup" and step.length and step.end > truth.size
+    return f"{name} past its end" if past_end else name
 
 
 def _only_we_released(cluster: int, truth: Truth) -> str:

@@ -90,6 +90,9 @@ def test_parts_that_add_up_and_the_last_cluster_are_told_apart() -> None:
         ("guest write end 1", "ENOSPC", "EINVAL", "write-past-end"),
         ("guest zero 0 1 fast", "ENOTSUP", None, "fast-zero-copies"),
         ("backup write 0 1", "EPERM", "ENOTSUP", "write-to-backup"),
+        ("backup write end 0", "EPERM", "ENOTSUP", "write-to-backup"),
+        ("backup write end-1 2", "EPERM", "EINVAL", "write-to-backup"),
+        ("backup write end-1 1 fua", "EINVAL", "ENOTSUP", "fua-on-backup"),
         ("backup zero 0 1", "EINVAL", "ENOTSUP", "zero-on-backup"),
         ("backup cache 0 1", "EINVAL", None, "cache-on-backup"),
         ("backup trim 0 64k fua", "EINVAL", None, "fua-on-backup"),
@@ -103,6 +106,13 @@ def test_an_error_is_explained_by_its_request_alone(
     assert _explained(_step(text), Answer("EIO"), Answer(theirs), truth) == {"unexplained"}
     other = _step("guest trim 0 64k")
     assert _explained(other, Answer(ours), Answer(theirs), truth) == {"unexplained"}
+
+
+def test_a_write_to_a_backup_is_einval_in_qemu_past_the_end_alone() -> None:
+    truth = Truth(CONTENT)
+    ours, theirs = Answer("EPERM"), Answer("EINVAL")
+    assert _explained(_step("backup write end-1 2"), ours, theirs, truth) == {"write-to-backup"}
+    assert _explained(_step("backup write end-1 1"), ours, theirs, truth) == {"unexplained"}
 
 
 def test_a_fast_zero_that_has_nothing_to_copy_must_be_done() -> None:
