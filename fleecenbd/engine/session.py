@@ -126,8 +126,9 @@ async def arm(
     """Begin a session over ``disks``: all of them at one moment, or none.
 
     ``clock`` gives the moment of arming (seconds since the epoch). Raises OSError: what
-    ``make_temp`` raised, EINVAL for a cluster size below the temp image's block, ETIMEDOUT when
-    active writes were still in flight after ``deadline_s``. Nothing is left behind then.
+    ``make_temp`` raised, EINVAL for a cluster size below the temp image's block and for a temp
+    limit below one cluster, ETIMEDOUT when active writes were still in flight after
+    ``deadline_s``. Nothing is left behind then.
     """
     fleeces: list[Fleece] = []
     loop = asyncio.get_running_loop()
@@ -176,11 +177,19 @@ async def _make_fleece(
                 f"cluster size {asked} is below {temp.hole_size}, the block size of the temp "
                 f"image's file system: smaller holes free nothing",
             )
+        cluster_size = max(cluster_size, temp.hole_size)
+        limit = options.temp_limit
+        if limit is not None and limit < cluster_size:
+            raise OSError(
+                errno.EINVAL,
+                f"{disk.name}@{session_name}: a temp limit of {limit} bytes is less than one "
+                f"cluster of {cluster_size} bytes, so that nothing could be kept; set it higher",
+            )
         state = FleeceState(
             f"{disk.name}@{session_name}",
             disk.device,
             temp,
-            cluster_size=max(cluster_size, temp.hole_size),
+            cluster_size=cluster_size,
             on_cbw_error=options.on_cbw_error,
             cbw_timeout_s=options.cbw_timeout_s,
             temp_limit=options.temp_limit,

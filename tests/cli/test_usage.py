@@ -262,6 +262,16 @@ def test_values_that_make_no_sense_are_wrong_usage(
     assert words in fails("serve", image, *options, status=2)
 
 
+def test_a_temp_limit_below_the_cluster_of_a_large_disk_fails_the_session(
+    fails: Fails, image: Path
+) -> None:
+    os.truncate(image, (256 << 30) + 4096)  # past 256 GiB, clusters are 8 KiB
+    options = ("-U", "-", "--state-dir", "state", "--begin", "n", "--temp-limit", "4k")
+    line = fails("serve", image, *options)
+    assert "cannot begin session n: vm@n: a temp limit of 4096 bytes" in line
+    assert "one cluster of 8192 bytes" in line
+
+
 def test_single_without_a_socket_on_standard_input_is_wrong_usage(
     fails: Fails, image: Path
 ) -> None:

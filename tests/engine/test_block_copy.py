@@ -189,7 +189,7 @@ def test_a_device_that_could_block_leaves_all_for_a_copy_in_a_task(
     run()
 
 
-@pytest.mark.parametrize("clusters", [1, 2])
+@pytest.mark.parametrize("clusters", [2, 3])
 def test_a_limit_that_is_met_leaves_all_for_a_copy_in_a_task(clusters: int) -> None:
     @simulated
     async def run() -> None:

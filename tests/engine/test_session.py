@@ -109,11 +109,11 @@ async def _arm(disks: list[Disk], temps: Temps, **options: object) -> Session:
 async def test_a_session_knows_what_it_was_armed_with() -> None:
     disks, temps = [_disk("vda"), _disk("vdb", 3 * CLUSTER + 512)], Temps()
     session = await _arm(
-        disks, temps, on_cbw_error=BREAK_GUEST_WRITE, cbw_timeout_s=7.0, temp_limit=99
+        disks, temps, on_cbw_error=BREAK_GUEST_WRITE, cbw_timeout_s=7.0, temp_limit=CLUSTER
     )
     assert temps.asked == [(disks[0], CLUSTER), (disks[1], CLUSTER)]
     assert (session.name, session.armed_at, session.pause_s) == ("nightly", 1234.5, 0.0)
-    assert session.options.temp_limit == 99
+    assert session.options.temp_limit == CLUSTER
     assert len(session.id) == 36
     for fleece, disk, temp in zip(session.fleeces, disks, temps.made, strict=True):
         assert fleece.name == f"{disk.name}@nightly"
@@ -126,7 +126,7 @@ async def test_a_session_knows_what_it_was_armed_with() -> None:
         assert (state.on_cbw_error, state.cbw_timeout_s, state.temp_limit) == (
             BREAK_GUEST_WRITE,
             7.0,
-            99,
+            CLUSTER,
         )
 
 
@@ -154,6 +154,19 @@ async def test_a_cluster_size_below_the_hole_of_the_temp_image_is_einval() -> No
     assert temps.made[0].closed
     assert disk.fleeces == []
     assert (await _arm([disk], temps, cluster_size=2 * CLUSTER)).state == "active"
+
+
+@simulated
+async def test_a_temp_limit_in_which_no_cluster_fits_is_einval() -> None:
+    # The default cluster size of this temp image is known only once it was made.
+    disk, temps = _disk("vda"), Temps(hole_size=4 * CLUSTER)
+    with pytest.raises(OSError, match="limit of 16383 bytes .* one cluster of 16384") as caught:
+        await _arm([disk], temps, temp_limit=4 * CLUSTER - 1)
+    assert caught.value.errno == errno.EINVAL
+    assert temps.made[0].closed
+    assert disk.fleeces == []
+    await _arm([disk], temps, temp_limit=4 * CLUSTER)
+    assert len(disk.fleeces) == 1
 
 
 @simulated
