@@ -90,6 +90,9 @@ tools() {
     need qemu-system-common qemu-storage-daemon
     need qemu-system-x86 qemu-system-x86_64
     need nbdkit nbdkit
+    # A plugin is no command; nbdkit knows whether it can load it.
+    nbdkit python --version >/dev/null 2>&1 || missing="$missing nbdkit-plugin-python"
+    need gnutls-bin certtool psktool
     need systemd systemd-socket-activate
     need git git
     need graphviz dot

@@ -34,12 +34,19 @@ class Serving:
     """A running server with a Unix socket, and a TCP port if asked for."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], unix: Path, port: int | None, log: Path
+        self,
+        process: subprocess.Popen[bytes],
+        unix: Path,
+        port: int | None,
+        log: Path,
+        *,
+        is_tcp_only: bool = False,
     ) -> None:
         self.process = process
         self.unix = unix
         self.port = port
         self.log = log
+        self.is_tcp_only = is_tcp_only
 
     @property
     def pid(self) -> int:
@@ -47,7 +54,9 @@ class Serving:
         return self.process.pid
 
     def uri(self, export: str) -> str:
-        """The NBD URI of an export on the Unix socket."""
+        """The NBD URI of an export on the Unix socket, if there is one."""
+        if self.is_tcp_only:
+            return self.tcp_uri(export)
         return f"nbd+unix:///{quote(export, safe='@+')}?socket={self.unix}"
 
     def tcp_uri(self, export: str) -> str:

@@ -34,6 +34,7 @@ from fleecenbd.engine.disk import Disk
 from fleecenbd.plugin.client import PluginClient
 from fleecenbd.plugin.words import Log
 from fleecenbd.server.exports import GuestExport
+from fleecenbd.server.guest_records import GuestRecords
 from fleecenbd.server.server import Server
 from fleecenbd.storage.device import Device
 
@@ -54,6 +55,7 @@ class Service:
         self._options = options
         self._log = log
         self._server: Server | None = None
+        self._records: GuestRecords | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._library = ctypes.CDLL(None)
@@ -67,11 +69,12 @@ class Service:
         disks = open_disks(
             options.disks, read_only=options.read_only, force_share=options.force_share
         )
+        self._records = guest_records(options, disks)
         self._server = Server(
             default_export=options.empty_name,
             shared=options.shared,
             read_only=options.read_only,
-            guest_records=guest_records(options, disks),
+            guest_records=self._records,
         )
         for disk in disks:
             self._server.add_disk(disk)
@@ -125,6 +128,8 @@ class Service:
         assert loop is not None, "nbdkit calls this after after_fork only"
         assert thread is not None, "nbdkit calls this after after_fork only"
         stopped = asyncio.run_coroutine_threadsafe(self._running.stop(), loop).result()
+        if self._records is not None:
+            self._records.close()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

@@ -111,6 +111,10 @@ class GuestRecords:
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 
+    def close(self) -> None:
+        """Take no more calls; the thread ends."""
+        self._pool.close()
+
     def _do(self, call: Callable[[], None]) -> None:
         task = asyncio.get_running_loop().create_task(self._in_the_pool(call))
         self._tasks.add(task)

@@ -1,15 +1,23 @@
-"""What the tests with other people's clients share. A missing tool is an error, never a skip."""
+"""What the tests with other people's clients share. A missing tool is an error, never a skip.
+
+A test that starts a server through the fixture `serving`, or uses `fleeced`, runs twice: against
+`fleecenbd serve`, and against nbdkit with plugins/fleece.py. What nbdkit cannot carry is marked
+with the reason, `@not_behind_nbdkit(ERROR_TEXT)`, and runs against `serve` alone.
+"""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbd
 import pytest
 
+from tests import serving as of_serve
+from tests.behind_nbdkit import behind_nbdkit
 from tests.disks import KIB, MIB, copy_disk, make_disk
-from tests.serving import Serving, connected, serving
+from tests.serving import Serving, connected
 
 TOOLS = (
     "nbdcopy",
@@ -23,6 +31,40 @@ TOOLS = (
 )
 
 OVERWRITTEN = b"\xc3"
+
+Serve = Callable[..., AbstractContextManager[Serving]]
+"""(directory, *arguments of `serve`, tcp=, prefix=, environment=) to a running server."""
+
+SERVERS: dict[str, Serve] = {"serve": of_serve.serving, "nbdkit": behind_nbdkit}
+
+META_CONTEXTS = "meta contexts other than base:allocation"
+ERROR_TEXT = "error text"
+SPARSE_REPLIES = "sparse replies"
+EXTENDED_HEADERS = "extended headers"
+CANCELLING = "cancelling a request in a waiting thread"
+CONTROL = "control of sessions at run time"
+REASONS = (META_CONTEXTS, ERROR_TEXT, SPARSE_REPLIES, EXTENDED_HEADERS, CANCELLING, CONTROL)
+"""All that nbdkit cannot carry (docs/nbdkit.md)."""
+
+MARK = "not_behind_nbdkit"
+not_behind_nbdkit = pytest.mark.not_behind_nbdkit
+"""With one of REASONS: the test is about what nbdkit cannot carry."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"{MARK}(reason): what nbdkit cannot carry")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "server_kind" in metafunc.fixturenames:
+        marked = metafunc.definition.get_closest_marker(MARK) is not None
+        metafunc.parametrize("server_kind", ["serve"] if marked else [*SERVERS])
+
+
+@pytest.fixture
+def serving(server_kind: str) -> Serve:
+    """What starts a server, of the kind that it is the test's turn for."""
+    return SERVERS[server_kind]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,12 +94,25 @@ class Fleeced:
 
 
 @pytest.fixture
-def fleeced(tmp_path: Path) -> Iterator[Fleeced]:
+def fleeced(tmp_path: Path, serving: Serve) -> Iterator[Fleeced]:
     """A disk of 8 MiB and 512 bytes that the guest has partly overwritten since it was armed."""
+    with _fleeced(tmp_path, serving) as fleeced:
+        yield fleeced
+
+
+@pytest.fixture
+def fleeced_over_tcp(tmp_path: Path, serving: Serve) -> Iterator[Fleeced]:
+    """The same on a TCP port."""
+    with _fleeced(tmp_path, serving, tcp=True) as fleeced:
+        yield fleeced
+
+
+@contextmanager
+def _fleeced(tmp_path: Path, serving: Serve, *, tcp: bool = False) -> Iterator[Fleeced]:
     size = 8 * MIB + 512
     disk = make_disk(tmp_path / "vm.raw", size)
     before = copy_disk(disk, tmp_path / "before.raw")
-    with serving(tmp_path, disk, "--begin", "nightly", tcp=True) as server:
+    with serving(tmp_path, disk, "--begin", "nightly", tcp=tcp) as server:
         with connected(server.uri("vm")) as guest:
             overwrite(guest, [(0, 70 * KIB), (3 * MIB + 5, 200 * KIB), (size - 512, 512)])
         yield Fleeced(server, disk, before, size)

@@ -8,7 +8,13 @@ import nbd
 import pytest
 
 from tests.disks import KIB, MIB
-from tests.interop.conftest import OVERWRITTEN, Fleeced, extents
+from tests.interop.conftest import (
+    META_CONTEXTS,
+    OVERWRITTEN,
+    Fleeced,
+    extents,
+    not_behind_nbdkit,
+)
 from tests.serving import connected, run
 
 ACCESS = "x-fleecenbd:access"
@@ -87,6 +93,7 @@ def test_parts_of_a_cluster_are_released_once_they_add_up(fleeced: Fleeced) -> N
         assert _refused(lambda: backup.pread(1, 2 * MIB)).errnum == errno.EINVAL
 
 
+@not_behind_nbdkit(META_CONTEXTS)
 def test_the_partial_cluster_at_the_end_of_the_disk_can_be_released(fleeced: Fleeced) -> None:
     with connected(fleeced.backup, _with_contexts) as backup:
         assert extents(backup, ACCESS, 512, 8 * MIB) == [(512, READABLE | HELD)]
@@ -99,9 +106,16 @@ def test_what_is_released_is_reported_as_data_and_not_as_zeroes(fleeced: Fleeced
     with connected(fleeced.backup, _with_contexts) as backup:
         backup.trim(fleeced.size, 0)
         assert extents(backup, "base:allocation", fleeced.size) == [(fleeced.size, 0)]
+
+
+@not_behind_nbdkit(META_CONTEXTS)
+def test_what_is_released_is_reported_as_such(fleeced: Fleeced) -> None:
+    with connected(fleeced.backup, _with_contexts) as backup:
+        backup.trim(fleeced.size, 0)
         assert extents(backup, ACCESS, fleeced.size) == [(fleeced.size, 0)]
 
 
+@not_behind_nbdkit(META_CONTEXTS)
 def test_a_guest_write_after_the_release_takes_no_space(fleeced: Fleeced) -> None:
     with connected(fleeced.backup, _with_contexts) as backup, connected(fleeced.guest) as guest:
         guest.pwrite(b"a" * MIB, 6 * MIB)
@@ -211,7 +225,7 @@ def test_two_clients_of_a_backup_share_what_is_released(fleeced: Fleeced) -> Non
 def test_a_second_guest_is_refused_while_the_first_is_connected(fleeced: Fleeced) -> None:
     with connected(fleeced.guest):
         second = nbd.NBD()
-        assert "policy" in _refused(lambda: second.connect_uri(fleeced.guest)).string
+        _refused(lambda: second.connect_uri(fleeced.guest))
     with connected(fleeced.guest) as third:
         assert third.get_size() == fleeced.size
 

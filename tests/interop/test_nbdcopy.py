@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.disks import GIB, KIB, MIB, copy_disk, first_difference, make_disk
-from tests.interop.conftest import Fleeced, overwrite
-from tests.serving import FLEECENBD, connected, run, serving, try_run
+from tests.interop.conftest import Fleeced, Serve, overwrite
+from tests.serving import FLEECENBD, connected, run, try_run
 
 SIZES = {
     "1 MiB": MIB,
@@ -17,7 +17,9 @@ SIZES = {
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
-def test_a_pull_equals_the_disk_at_the_moment_of_begin(tmp_path: Path, size: int) -> None:
+def test_a_pull_equals_the_disk_at_the_moment_of_begin(
+    tmp_path: Path, serving: Serve, size: int
+) -> None:
     disk = make_disk(tmp_path / "vm.raw", size)
     before = copy_disk(disk, tmp_path / "before.raw")
     with serving(tmp_path, disk, "--begin", "nightly") as server:
@@ -50,10 +52,10 @@ def test_a_pull_is_the_same_with_whatever_options(
 
 
 def test_a_pull_over_tcp_equals_the_disk_at_the_moment_of_begin(
-    fleeced: Fleeced, tmp_path: Path
+    fleeced_over_tcp: Fleeced, tmp_path: Path
 ) -> None:
-    run("nbdcopy", fleeced.server.tcp_uri("vm@nightly"), tmp_path / "backup.raw")
-    assert first_difference(fleeced.before, tmp_path / "backup.raw") is None
+    run("nbdcopy", fleeced_over_tcp.server.tcp_uri("vm@nightly"), tmp_path / "backup.raw")
+    assert first_difference(fleeced_over_tcp.before, tmp_path / "backup.raw") is None
 
 
 def test_two_pulls_one_after_the_other_are_the_same_while_the_guest_goes_on(
@@ -80,7 +82,7 @@ def test_after_a_trim_a_pull_of_the_whole_export_fails(fleeced: Fleeced, tmp_pat
         assert bytes(backup.pread(fleeced.size - end, end)) == before[end:]
 
 
-def test_a_disk_is_restored_through_the_guest_export(tmp_path: Path) -> None:
+def test_a_disk_is_restored_through_the_guest_export(tmp_path: Path, serving: Serve) -> None:
     image = make_disk(tmp_path / "image.raw", 6 * MIB + 512, seed=9)
     disk = make_disk(tmp_path / "vm.raw", 6 * MIB + 512, seed=4)
     with serving(tmp_path, disk) as server:
@@ -88,7 +90,7 @@ def test_a_disk_is_restored_through_the_guest_export(tmp_path: Path) -> None:
     assert first_difference(image, disk) is None
 
 
-def test_restoring_a_disk_leaves_the_backup_as_it_was(tmp_path: Path) -> None:
+def test_restoring_a_disk_leaves_the_backup_as_it_was(tmp_path: Path, serving: Serve) -> None:
     image = make_disk(tmp_path / "image.raw", 4 * MIB, seed=9)
     disk = make_disk(tmp_path / "vm.raw", 4 * MIB, seed=4)
     before = copy_disk(disk, tmp_path / "before.raw")
