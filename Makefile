@@ -21,7 +21,7 @@ SEEDS ?= 200
 RUNS ?= 20
 SECONDS ?= 60
 
-.PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress guest bare bench-quick coverage mutate dist clean
+.PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress guest bare bench coverage mutate dist drawings clean
 
 help:  ## this text
 	@echo "fleecenbd - make targets:"
@@ -102,8 +102,9 @@ guest: $(TOOLS)  ## a Linux guest on the guest export: backups, discards, restar
 bare:  ## the README's commands on a bare Debian: DEBIAN=12 or 13 (root)
 	sh scripts/bare.sh $(DEBIAN)
 
-bench-quick: $(TOOLS)  ## a short paired run against qemu-storage-daemon
-	$(PYTHON) benchmarks/quick.py
+bench: $(if $(PEERS),,$(TOOLS))  ## fleecenbd beside QEMU and nbdkit: a table; QUICK=1 KEEP=1 STRICT=1 BENCH='--rows p99' PEERS=trixie
+	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m benchmarks \
+	    $(if $(QUICK),--quick) $(if $(KEEP),--keep) $(if $(STRICT),--strict) $(BENCH)
 
 coverage: $(TOOLS)  ## the unit tests with branch coverage
 	$(PYTHON) -m coverage run -m pytest --ignore=tests/e2e --ignore=tests/interop
@@ -119,6 +120,9 @@ $(MUTMUT): $(READY)
 dist: $(READY)  ## wheel and source archive into dist/
 	@rm -rf dist
 	$(PYTHON) -m build --no-isolation --quiet
+
+drawings: $(TOOLS)  ## docs/images: every .dot there becomes an .svg, by Graphviz
+	$(PYTHON) scripts/drawings.py
 
 clean:  ## remove .venv and everything that tools leave behind
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* htmlcov build dist *.egg-info
