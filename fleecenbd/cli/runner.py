@@ -143,14 +143,18 @@ async def _begin(server: Server, options: ServeOptions, session: str) -> None:
 
 
 def _tell_addresses(options: ServeOptions, endpoints: Sequence[Endpoint]) -> None:
-    known = [endpoint for endpoint in endpoints if endpoint.is_known]
-    first = next((endpoint for endpoint in known if not endpoint.backup_only), None)
+    known = [endpoint for endpoint in endpoints if endpoint.is_known and not endpoint.backup_only]
+    first = known[0] if known else None
     if first is not None:
         for export in options.exports:
             logger.info("serving %s at %s", export, first.uri(export))
-    for endpoint in known:
-        if endpoint is not first:
-            which = "fleecing exports only" if endpoint.backup_only else "all exports"
+    everything = "all exports" if first is not None else ", ".join(options.exports)
+    for endpoint in endpoints:
+        which = "fleecing exports only" if endpoint.backup_only else everything
+        if not endpoint.is_known:
+            path = (endpoint.unix or "").replace("\0", "@")
+            logger.info("serving %s at the Unix socket %s, as it was handed over", which, path)
+        elif endpoint is not first:
             logger.info("serving %s at %s", which, endpoint.uri(""))
 
 

@@ -233,8 +233,9 @@ def serve(
             rich_help_panel=DISKS,
             show_default=False,
             help="The export that the empty name means. Default: the empty name is refused; but "
-            "where a client starts the server for itself (--single, libnbd's \\[ ]) over one disk "
-            "and a session, it means the fleecing export.",
+            "with --single or socket activation (libnbd's \\[ ]), over one disk and a session, it "
+            "means the fleecing export. Over several disks it is refused there, too, and the log "
+            "says so.",
         ),
     ] = None,
     read_only: Annotated[

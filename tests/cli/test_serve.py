@@ -394,6 +394,22 @@ def test_sockets_handed_over_by_systemd_are_served_by_their_names(
         assert Path("g.sock").is_socket(), "the file is systemd's to remove"
 
 
+@pytest.mark.parametrize(
+    ("path", "told"), [("g.sock", "g.sock"), ("\0fleecenbd {}", "@fleecenbd {}")]
+)
+def test_a_handed_socket_that_no_uri_leads_to_is_told_all_the_same(
+    image: Path, tmp_path: Path, path: str, told: str
+) -> None:
+    path, told = path.format(tmp_path), told.format(tmp_path)
+    with _listening(path) as descriptors:
+        command = _activated(
+            descriptors, image, "--begin", "n", "--state-dir", "state", "--log-level", "info"
+        )
+        with started(tmp_path, *command, pass_fds=descriptors) as process:
+            _, _, err = _end(process)
+    assert f"serving vm, vm@n at the Unix socket {told}, as it was handed over\n" in err
+
+
 def test_a_client_that_waited_while_the_server_was_down_is_served(
     image: Path, tmp_path: Path
 ) -> None:
@@ -482,6 +498,34 @@ def test_a_client_that_started_the_server_learns_why_the_empty_name_is_refused(
     told = "warning: the empty export name means none of vm, b, vm@n, b@n; where the client asks"
     assert (client.returncode == 0) == bool(option)
     assert (told in client.stderr) != bool(option)
+
+
+def test_a_client_of_single_learns_why_the_empty_name_is_refused(
+    image: Path, tmp_path: Path
+) -> None:
+    Path("b.raw").write_bytes(bytes(SIZE))
+    command = [*_single("--begin", "n"), "b.raw"]
+    script = "import nbd, sys\nnbd.NBD().connect_command(sys.argv[1:])\n"
+    client = subprocess.run(
+        [sys.executable, "-c", script, *command], capture_output=True, text=True, check=False
+    )
+    assert client.returncode == 1
+    assert "warning: the empty export name means none of vm, b, vm@n, b@n;" in client.stderr
+
+
+def test_under_activation_the_refusal_of_the_empty_name_is_logged(
+    image: Path, tmp_path: Path
+) -> None:
+    Path("b.raw").write_bytes(bytes(SIZE))
+    with _listening("g.sock") as descriptors:
+        command = _activated(descriptors, image, "b.raw", "--begin", "n", "--state-dir", "state")
+        # With a manager's word for the log: it is no client that started the server for itself.
+        with started(tmp_path, *command, "--log-level", "info", pass_fds=descriptors) as process:
+            with pytest.raises(nbd.Error):
+                _size("nbd+unix:///?socket=g.sock")
+            _, _, err = _end(process)
+    assert "refused: " in err
+    assert "vm, b, vm@n, b@n" in err.partition("refused: ")[2]
 
 
 def test_a_server_ends_with_the_client_that_started_it_for_itself(image: Path) -> None:

@@ -343,6 +343,7 @@ def test_help_tells_every_option_with_its_default(
         assert default in text, default
     assert "127.0.0.1, and ::1" in " ".join(text.split())
     assert "libnbd's [ ]" in text
+    assert "Over several disks it is refused there, too" in " ".join(text.replace("│", "").split())
     assert "Examples" in text
     assert "nbdcopy -- [ fleecenbd serve vm.raw --begin nightly ] backup.raw" in text
 

@@ -160,7 +160,7 @@ async def test_a_cluster_size_below_the_hole_of_the_temp_image_is_einval() -> No
 async def test_a_temp_limit_in_which_no_cluster_fits_is_einval() -> None:
     # The default cluster size of this temp image is known only once it was made.
     disk, temps = _disk("vda"), Temps(hole_size=4 * CLUSTER)
-    with pytest.raises(OSError, match="limit of 16383 bytes .* one cluster of 16384") as caught:
+    with pytest.raises(OSError, match=r"limit of 16383 bytes .* one cluster of 16384") as caught:
         await _arm([disk], temps, temp_limit=4 * CLUSTER - 1)
     assert caught.value.errno == errno.EINVAL
     assert temps.made[0].closed
