@@ -25,7 +25,8 @@ if [ -e "$target" ] && [ ! -f "$target" ]; then fail "$2 is there, and not a fil
 
 # Only fleecing exports have this meta context. The guest's own export can be read too, but it
 # changes meanwhile: what comes of that is no backup.
-nbdinfo --map=x-fleecenbd:access "$uri" >/dev/null || fail "$uri is not a fleecing export that can be read"
+nbdinfo --map=x-fleecenbd:access "$uri" >/dev/null ||
+    fail "$uri is not a fleecing export that can be read"
 
 part=$(mktemp "$target.XXXXXX") # beside TARGET: a rename does not cross file systems
 trap 'rm -f "$part"' EXIT

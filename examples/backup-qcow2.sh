@@ -13,7 +13,8 @@
 #   fleecenbd serve vm.raw --begin nightly --run 'examples/backup-qcow2.sh "$uri" /backup/vm.qcow2'
 #
 # TARGET gets its name when it is whole and on the disk; until then an older backup of that name
-# stays. Needs qemu-img (qemu-utils; in a checkout `make tools` installs it) and nbdinfo (libnbd-bin).
+# stays. Needs nbdinfo (libnbd-bin) and qemu-img (qemu-utils; in a checkout `make tools` installs
+# it).
 set -eu
 
 fail() { printf 'backup-qcow2: %s\n' "$*" >&2; exit 1; }
@@ -25,7 +26,8 @@ if [ -e "$target" ] && [ ! -f "$target" ]; then fail "$2 is there, and not a fil
 
 # Only fleecing exports have this meta context. The guest's own export can be read too, but it
 # changes meanwhile: what comes of that is no backup.
-nbdinfo --map=x-fleecenbd:access "$uri" >/dev/null || fail "$uri is not a fleecing export that can be read"
+nbdinfo --map=x-fleecenbd:access "$uri" >/dev/null ||
+    fail "$uri is not a fleecing export that can be read"
 
 part=$(mktemp "$target.XXXXXX") # beside TARGET: a rename does not cross file systems
 trap 'rm -f "$part"' EXIT

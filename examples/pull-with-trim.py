@@ -89,6 +89,7 @@ if __name__ == "__main__":
     if len(sys.argv) != 3:
         print(f"usage: {sys.argv[0]} URI TARGET", file=sys.stderr)
         sys.exit(2)
+    os.umask(0o077)  # a guest's disk is not for everybody
     try:
         pull(*sys.argv[1:])
     except (nbd.Error, OSError) as error:

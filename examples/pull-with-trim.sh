@@ -32,7 +32,8 @@ trap 'exit 143' TERM
 
 # Only fleecing exports have this meta context. On the guest's own export a TRIM would not release
 # old data, but discard the disk's.
-nbdinfo --map=x-fleecenbd:access "$uri" >/dev/null || fail "$uri is not a fleecing export that can be read"
+nbdinfo --map=x-fleecenbd:access "$uri" >/dev/null ||
+    fail "$uri is not a fleecing export that can be read"
 
 # One line for each extent: its offset, its length, and a number in which 2 stands for zeroes.
 # The disk as it was does not change any more, so neither does this map.
@@ -76,7 +77,8 @@ try:
     h.shutdown()
 except OSError as error:
     sys.exit(f"\n{error}")            # nbdsh would show it with a traceback
-' <"$map" || fail "the pull of $uri failed; $2.part holds what was stored (the server's log may say more)"
+' <"$map" ||
+    fail "no backup of $uri; $2.part holds what was stored (the server's log may say more)"
 
 mv -f "$part" "$target"
 sync "$(dirname "$target")" # the new name, too

@@ -57,7 +57,7 @@ def attempt(call, *arguments):
         return None, error.errno
 
 def overwrite(count):
-    """The guest writes the first `count` bytes of its disk; the name of the first error, or None."""
+    """The guest writes the first `count` bytes of its disk; None, or the name of an error."""
     for offset in range(0, count, STEP):
         _, error = attempt(guest.pwrite, b"new " * (STEP // 4), offset)
         if error:

@@ -2,8 +2,11 @@
 
 import os
 import re
+import select
+import shutil
 import stat
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,11 @@ from tests.examples.conftest import (
     EXAMPLES,
     Busy,
     busy_server,
+    command_of,
     example,
     example_without_space,
 )
-from tests.serving import CLIENTS_PATH, COMMAND_TIMEOUT_S, FLEECENBD, run, serving
+from tests.serving import CLIENTS_PATH, COMMAND_TIMEOUT_S, FLEECENBD, START_TIMEOUT_S, run, serving
 
 PULLS = ["pull-with-trim.py", "pull-with-trim.sh"]  # with more in test_pulls.py
 BACKUPS = {"backup-nbdcopy.sh": "raw", "backup-qcow2.sh": "qcow2"}
@@ -167,6 +171,43 @@ def test_a_disk_that_cannot_be_read_fails_the_whole_session_s_backup(tmp_path: P
         done = example("backup-session.py", busy.server.unix, "nightly", target)
     assert done.status == 1
     assert "no backup of vdb@nightly" in done.stderr
+    assert not target.exists()
+    assert _left_beside(target) == []
+
+
+def test_a_session_that_ends_during_its_backup_fails_it_though_another_has_its_name(
+    tmp_path: Path,
+) -> None:
+    disk = make_disk(tmp_path / "vm.raw", MIB)
+    target = tmp_path / "backup"
+    begun, go = tmp_path / "begun", tmp_path / "go"
+    os.mkfifo(begun)
+    os.mkfifo(go)
+    # An nbdcopy that tells when it has begun, and waits until it may go on.
+    real = shutil.which("nbdcopy")
+    (tmp_path / "bin").mkdir()
+    wrapper = tmp_path / "bin" / "nbdcopy"
+    wrapper.write_text(f'#!/bin/sh\necho >{begun}\nread _ <{go}\nexec {real} "$@"\n')
+    wrapper.chmod(0o755)
+    with ExitStack() as stack:
+        signals = [os.open(path, os.O_RDWR) for path in (begun, go)]
+        for descriptor in signals:
+            stack.callback(os.close, descriptor)
+        with serving(tmp_path, disk, "--begin", "nightly") as server:
+            backup = subprocess.Popen(
+                [*command_of("backup-session.py"), server.unix, "nightly", target],
+                env={**os.environ, "PATH": f"{wrapper.parent}:{CLIENTS_PATH}"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(backup)
+            readable, _, _ = select.select(signals[:1], [], [], START_TIMEOUT_S)
+            assert readable, "no nbdcopy was started"
+        with serving(tmp_path, disk, "--begin", "nightly"):
+            os.write(signals[1], b"\n")
+            _, told = backup.communicate(timeout=COMMAND_TIMEOUT_S)
+    assert backup.returncode == 1
+    assert "session nightly has ended meanwhile" in told
     assert not target.exists()
     assert _left_beside(target) == []
 

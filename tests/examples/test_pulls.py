@@ -1,29 +1,38 @@
 """The pulls that TRIM, run as a user runs them while a guest writes."""
 
 import re
+import stat
 from pathlib import Path
 
 import pytest
 
 from tests.disks import KIB, MIB, first_difference
 from tests.examples.conftest import SIZE, Busy, command_of, example, example_without_space
-from tests.interop.conftest import extents
-from tests.serving import connected, try_run
+from tests.serving import connected, serving, try_run
 
 ACCESS = "x-fleecenbd:access"
-READABLE, HELD = 1, 2
+READABLE = 1
 
 each_pull = pytest.mark.parametrize("name", ["pull-with-trim.py", "pull-with-trim.sh"])
 
 
 def _access(uri: str) -> list[tuple[int, int, int]]:
     """(offset, length, bits) of what the server says may still be read, and what it holds."""
-    with connected(uri, lambda client: client.add_meta_context(ACCESS)) as client:
-        found, offset = [], 0
-        for length, bits in extents(client, ACCESS, client.get_size()):
+    found: list[tuple[int, int, int]] = []
+    end = 0
+
+    def collect(context: str, offset: int, entries: list[int], _error: object) -> int:
+        nonlocal end
+        for length, bits in zip(entries[::2], entries[1::2], strict=True):
             found.append((offset, length, bits))
             offset += length
-        return found
+        end = offset
+        return 0
+
+    with connected(uri, lambda client: client.add_meta_context(ACCESS)) as client:
+        while end < client.get_size():
+            client.block_status(client.get_size() - end, end, collect)
+    return found
 
 
 @each_pull
@@ -38,9 +47,10 @@ def test_a_pull_equals_the_disk_at_arming_and_frees_all_temp_space(
     assert busy.has_written_since(writes)
     assert first_difference(busy.before["vm"], target) is None
     # The guest goes on, and nothing is kept any more.
-    assert _access(busy.backup) == [(0, SIZE, 0)]
+    assert {bits for _, _, bits in _access(busy.backup)} == {0}
     assert busy.server.temp_bytes() == 0
     assert target.stat().st_blocks * 512 < 20 * MIB, "zeroes take space"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600, "a guest's disk is not for everybody"
     assert not (tmp_path / "a b.raw.part").exists()
 
 
@@ -85,6 +95,11 @@ def recorded(name, call):
     def wrapped(*arguments):
         with open(os.environ["EVENTS"], "a") as events:
             print(name, *arguments[1:], file=events)
+        if name == "trim":
+            length, offset = arguments[1:]
+            with open(os.environ["PART"], "rb") as part, open(os.environ["STORED"], "ab") as stored:
+                part.seek(offset)
+                stored.write(part.read(length))
         return call(*arguments)
     return wrapped
 
@@ -96,14 +111,22 @@ nbd.NBD.trim = recorded("trim", nbd.NBD.trim)
 
 @each_pull
 def test_a_pull_makes_durable_what_it_has_read_before_it_releases_it(
-    busy: Busy, tmp_path: Path, name: str
+    tmp_path: Path, name: str
 ) -> None:
+    # Pieces of one block, which could wait in a buffer of the client's.
+    disk = tmp_path / "vm.raw"
+    with disk.open("wb") as image:
+        image.truncate(SIZE)
+        for offset in (5 * MIB, 21 * MIB, SIZE - 512):
+            image.seek(offset)
+            image.write(b"\x0f" * 512)
     # Python runs this module before anything else, in the script and in nbdsh.
     (tmp_path / "sitecustomize.py").write_text(RECORDER)
-    events = tmp_path / "events"
-    environment = (f"PYTHONPATH={tmp_path}", f"EVENTS={events}")
-    command = ("env", *environment, *command_of(name), busy.backup, tmp_path / "backup")
-    result = try_run(*command)
+    target, events, stored = (tmp_path / name for name in ("backup", "events", "stored"))
+    environment = [f"EVENTS={events}", f"STORED={stored}", f"PART={target}.part"]
+    with serving(tmp_path, disk, "--begin", "nightly") as server:
+        recording = ["env", f"PYTHONPATH={tmp_path}", *environment]
+        result = try_run(*recording, *command_of(name), server.uri("vm@nightly"), target)
     assert result.returncode == 0, result.stderr
     is_durable, released = True, 0
     for line in events.read_text().splitlines():
@@ -115,6 +138,7 @@ def test_a_pull_makes_durable_what_it_has_read_before_it_releases_it(
         else:
             is_durable = event == "sync"
     assert released == SIZE
+    assert first_difference(disk, stored) is None, "released before it was in the target"
 
 
 @each_pull
