@@ -1,77 +1,180 @@
-"""The servers that are compared: each started on its own copy of the image, on the same medium."""
+"""The servers that are compared: each started on the same image, on the same medium."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import select
-import shutil
-import signal
+import shlex
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 120.0
+
+FLEECENBD = "fleecenbd"
+QEMU = "QEMU fleecing"
+QEMU_NBD = "qemu-nbd"
+NBDKIT = "nbdkit file"
+DIRECT = "direct"
 
 
 @dataclass(frozen=True)
-class Peer:
-    """A running server: NBD URIs of the guest's disk and of its point in time."""
+class Server:
+    """Running processes that serve disks.
 
-    name: str
-    guest: str
-    fleece: str
-    pid: int
-    temp: Path
+    ``guests`` and ``fleeces`` are URIs, one for each disk (``fleeces`` is empty where there is no
+    point in time); ``temp`` the file of old data where it has a name.
+    """
+
+    guests: tuple[str, ...]
+    fleeces: tuple[str, ...]
+    pids: tuple[int, ...]
+    started: float
+    """time.monotonic() just before the first process was made."""
+    temp: Path | None = None
+
+    @property
+    def guest(self) -> str:
+        """The guest export of the first disk."""
+        return self.guests[0]
+
+    @property
+    def fleece(self) -> str:
+        """The fleecing export of the first disk."""
+        return self.fleeces[0]
 
     def cpu_s(self) -> float:
-        """CPU seconds spent by the process so far."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """CPU seconds that the processes have spent so far, threads that ended included."""
+        # The clock of a process, as clock_getcpuclockid(3) makes it from a pid.
+        return sum(time.clock_gettime((~pid << 3) | 2) for pid in self.pids)
+
+    def resident_bytes(self) -> int:
+        """Memory that the processes hold now (VmRSS)."""
+        return sum(_status_bytes(pid, "VmRSS") for pid in self.pids)
+
+    def temp_bytes(self) -> int:
+        """Space that old data takes: blocks of the named file, else of files without a name."""
+        if self.temp is not None:
+            return self.temp.stat().st_blocks * 512
+        used: dict[tuple[int, int], int] = {}
+        for pid in self.pids:
+            for entry in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # closed since the folder was listed
+                    if os.readlink(entry).endswith(" (deleted)"):
+                        status = entry.stat()
+                        used[status.st_dev, status.st_ino] = status.st_blocks * 512
+        return sum(used.values())
 
 
-def make_image(path: Path, size: int) -> None:
-    """A raw image of random data, so that nothing can be saved on zeroes."""
-    with path.open("wb") as image, open("/dev/urandom", "rb") as noise:
-        block = noise.read(8 << 20)
-        for index in range(0, size, len(block)):
-            # Each block differs, and none is cheap to make: the noise, turned by its number.
-            turn = (index // len(block)) % len(block)
-            image.write((block[turn:] + block[:turn])[: size - index])
-
-
-def _uri(name: str, socket: Path) -> str:
-    return f"nbd+unix:///{name}?socket={socket}"
-
-
-def _wait_for(socket: Path, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until the socket is there; a server that ended is an error, with what it said."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    pidfd = os.pidfd_open(process.pid)
-    try:
-        while not socket.exists():
-            if select.select([pidfd], [], [], 0.01)[0]:
-                status = process.wait()
-                raise RuntimeError(f"{process.args!r} ended with {status}: {log.read_text()}")
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{process.args!r} did not make {socket}")
-    finally:
-        os.close(pidfd)
+def _status_bytes(pid: int, field: str) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError(f"process {pid} has ended: it has no {field}")
 
 
 @contextlib.contextmanager
-def _running(command: list[str], socket: Path, log: Path) -> Iterator[int]:
+def fleecenbd(
+    folder: Path,
+    *images: Path,
+    session: bool = True,
+    tcp: bool = False,
+    options: tuple[str, ...] = (),
+) -> Iterator[Server]:
+    """``fleecenbd serve``, with a session begun unless told otherwise; disks vm0, vm1, ..."""
+    names = [f"vm{number}" for number in range(len(images))]
+    command = [
+        str(Path(sys.executable).parent / "fleecenbd"),
+        "serve",
+        *(f"{name}={image}" for name, image in zip(names, images, strict=True)),
+        *("--state-dir", str(folder / "state"), "--log-level", "warning"),
+        *(("--begin", "n") if session else ()),
+        *options,
+    ]
+    with _socket() as path:
+        command += ["--unix", str(path)]
+        place: Path | int = path
+        if tcp:
+            place = _free_port()
+            command += ["--port", str(place)]
+        with _running(command, folder, place) as (pid, started):
+            guests = tuple(_uri(name, place) for name in names)
+            fleeces = tuple(_uri(f"{name}@n", place) for name in names) if session else ()
+            yield Server(guests, fleeces, (pid,), started)
+
+
+@contextlib.contextmanager
+def qemu_fleecing(folder: Path, image: Path, *, tcp: bool = False) -> Iterator[Server]:
+    """qemu-storage-daemon doing the same: copy-before-write and snapshot-access."""
+    temp = folder / "qemu-temp.raw"
+    with temp.open("wb") as file:
+        file.truncate(image.stat().st_size)
+    with _place(tcp) as place, contextlib.ExitStack() as stack:
+        stack.callback(temp.unlink)
+        command = [
+            "qemu-storage-daemon",
+            *("--blockdev", f"driver=file,node-name=disk,filename={image}"),
+            *("--blockdev", f"driver=file,node-name=temp,filename={temp},discard=unmap"),
+            *("--blockdev", "driver=copy-before-write,node-name=cbw,file=disk,target=temp"),
+            *("--blockdev", "driver=snapshot-access,node-name=access,file=cbw"),
+            "--nbd-server",
+            f"addr.type=unix,addr.path={place}"
+            if isinstance(place, Path)
+            else f"addr.type=inet,addr.host=127.0.0.1,addr.port={place}",
+            *("--export", "type=nbd,id=guest,node-name=cbw,name=vm,writable=on"),
+            *("--export", "type=nbd,id=backup,node-name=access,name=vm@n"),
+        ]
+        pid, started = stack.enter_context(_running(command, folder, place))
+        yield Server((_uri("vm", place),), (_uri("vm@n", place),), (pid,), started, temp)
+
+
+@contextlib.contextmanager
+def qemu_nbd(folder: Path, image: Path, *, tcp: bool = False) -> Iterator[Server]:
+    """qemu-nbd on a raw image: no point in time."""
+    with _place(tcp) as place:
+        where = ["-k"] if isinstance(place, Path) else ["-b", "127.0.0.1", "-p"]
+        command = ["qemu-nbd", "-f", "raw", "-t", "-x", "vm", *where, str(place), str(image)]
+        with _running(command, folder, place) as (pid, started):
+            yield Server((_uri("vm", place),), (), (pid,), started)
+
+
+@contextlib.contextmanager
+def nbdkit_file(folder: Path, image: Path, *, tcp: bool = False) -> Iterator[Server]:
+    """nbdkit's file plugin: no point in time; a pull of it reads the live disk."""
+    with _place(tcp) as place:
+        where = ["-U"] if isinstance(place, Path) else ["-i", "127.0.0.1", "-p"]
+        command = ["nbdkit", "-f", *where, str(place), "file", str(image)]
+        with _running(command, folder, place) as (pid, started):
+            yield Server((_uri("vm", place),), (_uri("vm", place),), (pid,), started)
+
+
+@contextlib.contextmanager
+def direct(folder: Path, image: Path) -> Iterator[Server]:
+    """No server: the image itself, for a client that can open it."""
+    yield Server((str(image),), (), (), time.monotonic())
+
+
+@contextlib.contextmanager
+def _running(command: list[str], folder: Path, place: Path | int) -> Iterator[tuple[int, float]]:
+    """The pid of a server that takes connections at a socket's path, or a port; and its start."""
+    log = folder / f"{Path(command[0]).name}.log"
+    started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
-        _wait_for(socket, process, log)
-        yield process.pid
+        _wait_for(place, process, log)
+        yield process.pid, started
+        if process.poll() is not None:
+            raise RuntimeError(_ended(process, log))
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         try:
             process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -79,46 +182,63 @@ def _running(command: list[str], socket: Path, log: Path) -> Iterator[int]:
             process.wait()
 
 
-@contextlib.contextmanager
-def fleecenbd(folder: Path, image: Path) -> Iterator[Peer]:
-    """fleecenbd with a session begun."""
-    socket = folder / "fleecenbd.sock"
-    state = folder / "state"
-    command = [
-        str(Path(sys.executable).parent / "fleecenbd"),
-        *("serve", f"vm={image}", "--begin", "n", "--unix", str(socket)),
-        *("--state-dir", str(state)),
-    ]
-    with _running(command, socket, folder / "fleecenbd.log") as pid:
-        yield Peer("fleecenbd", _uri("vm", socket), _uri("vm@n", socket), pid, state)
+def _ended(process: subprocess.Popen[bytes], log: Path) -> str:
+    words = process.args if isinstance(process.args, list) else [str(process.args)]
+    said = log.read_text(errors="replace")[-2000:]
+    return f"{shlex.join(map(str, words))} ended with status {process.poll()}: {said}"
+
+
+def _wait_for(place: Path | int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return once a connection is taken; a server that ended is an error, with what it said."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        while not _connects(place):
+            if select.select([pidfd], [], [], 0.001)[0]:
+                process.wait()
+                raise RuntimeError(_ended(process, log))
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{log.stem} took no connection within {START_TIMEOUT_S:g} s")
+    finally:
+        os.close(pidfd)
+
+
+def _connects(place: Path | int) -> bool:
+    family = socket.AF_UNIX if isinstance(place, Path) else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(place) if isinstance(place, Path) else ("127.0.0.1", place))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        return True
 
 
 @contextlib.contextmanager
-def qemu_fleecing(
-    folder: Path, image: Path, program: str = "qemu-storage-daemon"
-) -> Iterator[Peer]:
-    """qemu-storage-daemon doing the same: copy-before-write and snapshot-access."""
-    socket = folder / "qemu.sock"
-    temp = folder / "qemu-temp.raw"
-    with temp.open("wb") as file:
-        file.truncate(image.stat().st_size)
-    command = [
-        program,
-        *("--blockdev", f"driver=file,node-name=disk,filename={image}"),
-        *("--blockdev", f"driver=file,node-name=temp,filename={temp},discard=unmap"),
-        *("--blockdev", "driver=copy-before-write,node-name=cbw,file=disk,target=temp"),
-        *("--blockdev", "driver=snapshot-access,node-name=access,file=cbw"),
-        *("--nbd-server", f"addr.type=unix,addr.path={socket}"),
-        *("--export", "type=nbd,id=guest,node-name=cbw,name=vm,writable=on"),
-        *("--export", "type=nbd,id=backup,node-name=access,name=vm@n"),
-    ]
-    with _running(command, socket, folder / "qemu.log") as pid:
-        yield Peer("QEMU fleecing", _uri("vm", socket), _uri("vm@n", socket), pid, temp)
+def _place(tcp: bool) -> Iterator[Path | int]:
+    """A port, or the path of a socket."""
+    if tcp:
+        yield _free_port()
+    else:
+        with _socket() as path:
+            yield path
 
 
-def version(*command: str) -> str:
-    """The first line that a program prints about itself."""
-    if shutil.which(command[0]) is None:
-        raise RuntimeError(f"{command[0]} is missing: make tools installs it")
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return result.stdout.splitlines()[0]
+@contextlib.contextmanager
+def _socket() -> Iterator[Path]:
+    """A path for a socket: short, as 107 bytes are all that such a path may have."""
+    with tempfile.TemporaryDirectory(prefix="fleecenbd-") as name:
+        yield Path(name) / "nbd.sock"
+
+
+def _free_port() -> int:
+    """A TCP port on the loopback that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _uri(name: str, place: Path | int) -> str:
+    if isinstance(place, Path):
+        return f"nbd+unix:///{name}?socket={place}"
+    return f"nbd://127.0.0.1:{place}/{name}"

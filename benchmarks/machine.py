@@ -1,0 +1,70 @@
+"""The machine and the versions that figures come from, and how busy the machine was."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from benchmarks import clients
+
+ROOT = Path(__file__).parents[1]
+
+COMMANDS = ("qemu-storage-daemon", "qemu-nbd", "qemu-img", "nbdkit", "nbdcopy", "fio")
+LIBRARIES = ("bitarray", "uvloop")
+BUSY_CORES = 0.3
+"""Cores' worth of other work within a minute, from which on figures are not to be believed."""
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on; nothing that names the machine."""
+    return {
+        "cpu": _field("/proc/cpuinfo", "model name", ":") or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "kernel": platform.release(),
+        "system": _field("/etc/os-release", "PRETTY_NAME", "=").strip('"'),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Every program's own words. Raises RuntimeError for one that is missing."""
+    found = {"fleecenbd": importlib.metadata.version("fleecenbd")}
+    found["python"] = platform.python_version()
+    for library in LIBRARIES:
+        found[library] = importlib.metadata.version(library)
+    for command in COMMANDS:
+        found[command] = clients.run([command, "--version"]).splitlines()[0]
+    return found
+
+
+def commit() -> str:
+    """The commit that is measured, and whether files of it were changed since."""
+    try:
+        name = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--", "fleecenbd", "benchmarks")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{name} with changes" if changed else name
+
+
+def load() -> float:
+    """Processes that wanted a core, on average over the last minute."""
+    return os.getloadavg()[0]
+
+
+def _git(*words: str) -> str:
+    # The owner of the checkout may be somebody else than who measures.
+    command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *words]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return result.stdout.strip()
+
+
+def _field(path: str, name: str, separator: str) -> str:
+    for line in Path(path).read_text().splitlines():
+        key, _, value = line.partition(separator)
+        if key.strip() == name:
+            return value.strip()
+    return ""
