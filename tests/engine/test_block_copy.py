@@ -357,6 +357,37 @@ async def test_a_punch_that_fails_names_the_fleece_and_the_cause() -> None:
 
 
 @simulated
+async def test_a_release_that_is_cut_off_has_failed() -> None:
+    scene, temp = await _scene(DATA)
+    (fleece,) = scene.disk.fleeces
+    await scene.write(0)
+    temp.gate("trim")
+    release = trim(fleece, 0)
+    await temp.reached("trim")
+    (task,) = fleece.block_copy._releases
+    task.cancel()
+    with pytest.raises(OSError, match="vda@s: freeing temp space was cut off") as caught:
+        await release
+    assert caught.value.errno == errno.EIO
+    assert fleece.stats.temp_clusters == 1
+    temp.open()
+
+
+@simulated
+async def test_guests_that_releases_in_one_step_let_go_add_up() -> None:
+    scene, _ = await _scene(DATA * 4)
+    (fleece,) = scene.disk.fleeces
+    scene.active.gate("read")
+    writes = [scene.write(0), scene.write(2)]
+    await settle()
+    assert fleece.block_copy.release_now(0, 1)
+    assert fleece.block_copy.release_now(2, 3)
+    await asyncio.gather(*writes)
+    assert fleece.stats.guest_released_by_trim == 2
+    scene.active.open()
+
+
+@simulated
 async def test_a_release_in_one_step_waits_for_nobody_and_frees_nothing() -> None:
     scene, temp = await _scene(DATA * 6)
     (fleece,) = scene.disk.fleeces

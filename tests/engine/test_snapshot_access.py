@@ -172,6 +172,20 @@ def test_a_map_that_an_end_overtakes_in_any_turn_of_the_loop_fails(turns: int) -
     run()
 
 
+@simulated
+async def test_a_read_of_one_run_hands_on_what_the_device_gave() -> None:
+    scene = Scene(8)
+    fleece = await scene.arm()
+    scene.active.gate("read")
+    given = bytearray(scene.old(2, 2))
+
+    async def pread(offset: int, length: int) -> bytearray:
+        return given
+
+    scene.active.pread = pread  # type: ignore[method-assign]
+    assert await fleece.read(2 * CLUSTER, 2 * CLUSTER) is given
+
+
 # maps
 
 
@@ -189,6 +203,20 @@ async def test_a_map_asks_the_active_image_about_what_was_not_copied_and_no_more
     active.log.clear()
     assert await fleece.status(6 * CLUSTER, 2 * CLUSTER) == [(2 * CLUSTER, 0)]
     assert active.log == []
+
+
+@simulated
+async def test_a_map_is_finer_than_clusters_where_nothing_of_what_was_asked_about_was_copied() -> (
+    None
+):
+    scene = Scene(6)
+    scene.active.content[:CLUSTER] = bytes(CLUSTER)
+    scene.active.space.discard(0)
+    fleece = await scene.arm(cluster_size=2 * CLUSTER)
+    await scene.write(2, 2)
+    # Clusters of two blocks: half a hole and not copied; copied; not copied.
+    assert await fleece.status(0, 4 * CLUSTER) == [(CLUSTER, ZERO), (3 * CLUSTER, 0)]
+    assert await fleece.status(0, 6 * CLUSTER) == [(6 * CLUSTER, 0)]
 
 
 @simulated

@@ -182,6 +182,9 @@ def test_a_limit_may_be_reached_but_not_passed() -> None:
     assert caught.value.errno == errno.ENOSPC
     assert state.charged.bits.to01() == "11100000"
     assert (state.stats.temp_clusters, state.stats.limit_hits) == (3, 1)
+    with pytest.raises(OSError, match="reached its limit"):
+        state.charge(4, 8)
+    assert (state.stats.temp_clusters, state.stats.limit_hits) == (3, 2)
     state.uncharge(0, 4)
     assert state.stats.temp_clusters == 0
     state.charge(7, 8)

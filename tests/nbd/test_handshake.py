@@ -631,6 +631,13 @@ def test_request_rules_follow_from_what_was_negotiated() -> None:
     assert rules.check((0, wire.BLOCK_STATUS, 1, 0, 512, None)) is not None
 
 
+def test_the_minimum_block_size_is_among_the_request_rules() -> None:
+    info = ExportInfo("vda", "", 1 << 20, FLAGS, 512, 65536, 32 << 20)
+    rules = Negotiated(None, info, ReplyMode.SIMPLE, ()).request_rules()
+    assert rules.check((0, wire.READ, 1, 512, 512, None)) is None
+    assert rules.check((0, wire.READ, 1, 511, 512, None)) is not None
+
+
 # What real clients say
 
 

@@ -120,3 +120,7 @@ def test_wildcards_list_and_whole_names_select(
 ) -> None:
     assert list_contexts(OFFERED, queries) == [OFFERED[index] for index in listed]
     assert select_contexts(OFFERED, queries) == [OFFERED[index] for index in selected]
+
+
+def test_a_namespace_may_have_one_letter() -> None:
+    assert list_contexts(("x:y", "xy:z"), ["x:"]) == ["x:y"]

@@ -162,6 +162,16 @@ def test_blocks_are_aligned_in_the_export_not_in_the_reply(mode: str) -> None:
 
 
 @chunked_modes
+def test_a_reply_no_longer_than_a_block_is_never_cut(mode: str) -> None:
+    half = BLOCK // 2
+    data = bytes(half) + noise(half)
+    reply, _ = read_back(mode, data, offset=half)
+    assert reply.chunks == [(1, 8 + BLOCK)]
+    reply, _ = read_back(mode, data + noise(1), offset=half)
+    assert reply.chunks == [(2, 12), (1, 8 + half + 1)]
+
+
+@chunked_modes
 def test_df_makes_one_chunk_of_data_and_zeroes(mode: str) -> None:
     data = noise(BLOCK) + bytes(4 * BLOCK) + noise(BLOCK)
     reply, buffers = read_back(mode, data, dont_fragment=True)

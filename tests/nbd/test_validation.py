@@ -336,6 +336,27 @@ def test_the_short_cut_decides_as_the_long_way(
         assert refusal[0] in (EPERM, EINVAL, ENOSPC, EOVERFLOW)
 
 
+@pytest.mark.parametrize(
+    ("command", "length", "flags"),
+    [
+        (wire.READ, 4096, 0),
+        (wire.READ, 64 * MIB, 0),
+        (wire.WRITE, 4096, wire.FUA),
+        (wire.TRIM, 1 << 31, 0),
+        (wire.WRITE_ZEROES, 4096, wire.NO_HOLE),
+        (wire.BLOCK_STATUS, 4096, wire.REQ_ONE),
+    ],
+)
+def test_a_good_request_takes_the_short_cut(
+    command: int, length: int, flags: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(_rules: RequestRules, request: Request) -> tuple[int, str]:
+        raise AssertionError(f"{request} took the long way")
+
+    monkeypatch.setattr(RequestRules, "_look", look)
+    assert ask(rules(), command, 0, length, flags) == 0
+
+
 @pytest.mark.parametrize("mode", [wire.SIMPLE, wire.STRUCTURED, wire.EXTENDED])
 def test_a_write_that_is_never_served_is_eperm_whatever_else_is_wrong_with_it(mode: str) -> None:
     never = RequestRules(
