@@ -103,6 +103,11 @@ def choose_addresses(
 
     ``is_private``: where no Unix socket was asked for, it is a private one.
     """
+    if backup_unix == PRIVATE:
+        raise UsageError(
+            "--backup-unix: '-' names no socket: only --unix can have a private one; give a path, "
+            "or ./- for a file of that name"
+        )
     group = values.parse_group(socket_group) if socket_group is not None else None
     mode = 0o600 if group is None else 0o660
     port_number = values.parse_port(port, "--port") if port is not None else None

@@ -230,6 +230,7 @@ def test_a_session_s_options_need_a_session(
         (("--ip", ""), "--ip: '' names nothing"),
         (("--state-dir", ""), "--state-dir: '' names nothing"),
         (("--begin", "n", "--backup-unix", ""), "--backup-unix: '' names nothing"),
+        (("--begin", "n", "--backup-unix", "-"), "--backup-unix: '-' names no socket"),
         (("--backup-unix", "f"), "--backup-unix cannot be given without --begin"),
         (("--backup-port", "1"), "--backup-port cannot be given without --begin"),
         (("-p", "70000"), "--port: '70000' is no port: 0 to 65535"),
