@@ -70,6 +70,22 @@ async def test_arming_waits_for_an_active_write_and_holds_those_that_come_after(
 
 
 @simulated
+async def test_arming_waits_for_an_active_write_whose_call_has_not_begun() -> None:
+    scene = Scene()
+    scene.active.gate("write", where=lambda offset, length: offset == 2 * CLUSTER)
+    write = scene.write(2)
+    # The write starts in its first step and its call begins in a later one; the hold is between.
+    arming = asyncio.ensure_future(scene.arm())
+    call = await scene.active.reached("write")
+    await settle()
+    assert not arming.done()
+    call.go()
+    fleece = await arming
+    await write
+    assert await fleece.read(2 * CLUSTER, CLUSTER) == NEW
+
+
+@simulated
 async def test_arming_gives_up_after_its_deadline_and_leaves_nothing_behind() -> None:
     scene = Scene()
     scene.active.gate("write", where=lambda offset, length: offset == 2 * CLUSTER)
