@@ -21,7 +21,7 @@ SEEDS ?= 200
 RUNS ?= 20
 SECONDS ?= 60
 
-.PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress guest bare bench coverage mutate dist drawings clean
+.PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress guest bare bench bench-scale coverage mutate dist drawings clean
 
 help:  ## this text
 	@echo "fleecenbd - make targets:"
@@ -75,8 +75,11 @@ simulate: $(READY)  ## seeded runs of the engine against its checkers: SEEDS=N, 
 explore: $(READY)  ## every order of events, the long set; ORDERS='--scenario NAME' for one of them
 	$(PYTHON) -m tests.orders $(ORDERS)
 
+# Of the examples, those that depend on what a system has.
+INTEROP := tests/interop tests/differential tests/peers tests/examples/test_libvirt.py
+
 interop: $(if $(PEERS),,$(TOOLS))  ## only the tests with other people's NBD clients; PEERS=trixie: Debian 13's (root)
-	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m pytest tests/interop tests/differential tests/peers $(PYTEST)
+	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m pytest $(INTEROP) $(PYTEST)
 
 differential: $(if $(PEERS),,$(TOOLS))  ## scripts drawn from seeds to us and to QEMU: SEEDS=N, SEED=n; PEERS=trixie: QEMU 10
 	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m tests.differential $(if $(SEED),--seed $(SEED) --show,--seeds $(SEEDS))
@@ -105,6 +108,9 @@ bare:  ## the README's commands on a bare Debian: DEBIAN=12 or 13 (root)
 bench: $(if $(PEERS),,$(TOOLS))  ## fleecenbd beside QEMU and nbdkit: a table; QUICK=1 KEEP=1 STRICT=1 BENCH='--rows p99' PEERS=trixie
 	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m benchmarks \
 	    $(if $(QUICK),--quick) $(if $(KEEP),--keep) $(if $(STRICT),--strict) $(BENCH)
+
+bench-scale: $(TOOLS)  ## what grows with disk size, sessions, clients and fragmentation; KEEP=1 BENCH='--only disk'
+	$(PYTHON) -m benchmarks.scale $(if $(KEEP),--keep) $(BENCH)
 
 coverage: $(TOOLS)  ## the unit tests with branch coverage
 	$(PYTHON) -m coverage run -m pytest --ignore=tests/e2e --ignore=tests/interop

@@ -93,7 +93,9 @@ tools() {
     # A plugin is no command; nbdkit knows whether it can load it.
     nbdkit python --version >/dev/null 2>&1 || missing="$missing nbdkit-plugin-python"
     need gnutls-bin certtool psktool
-    need systemd systemd-socket-activate
+    need systemd systemd-socket-activate systemd-analyze
+    need libvirt-clients virsh virt-xml-validate
+    need libxml2-utils xmllint
     need git git
     need graphviz dot
     install_missing
