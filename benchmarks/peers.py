@@ -57,7 +57,7 @@ class Server:
 
     def resident_bytes(self) -> int:
         """Memory that the processes hold now (VmRSS)."""
-        return sum(_status_bytes(pid, "VmRSS") for pid in self.pids)
+        return sum(status_bytes(pid, "VmRSS") for pid in self.pids)
 
     def temp_bytes(self) -> int:
         """Space that old data takes: blocks of the named file, else of files without a name."""
@@ -73,7 +73,8 @@ class Server:
         return sum(used.values())
 
 
-def _status_bytes(pid: int, field: str) -> int:
+def status_bytes(pid: int | str, field: str) -> int:
+    """A field of /proc/PID/status, such as VmRSS; ``self`` is a pid too."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) << 10
