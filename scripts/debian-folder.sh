@@ -45,9 +45,9 @@ alone() { unshare --mount --propagation private --pid --fork --kill-child "$@"; 
 # make_folder CODENAME ROOT: ROOT anew, with Debian's smallest set of packages. Killed in the
 # middle, debootstrap leaves no mount in ROOT, since it had a namespace for them.
 make_folder() {
-    address=$(mirror)
+    address=$(mirror) || exit 1
     say "debootstrap $1 from $address (minutes)"
-    rm -rf --one-file-system "$2"
+    rm -rf --one-file-system "$2" || fail "what is left of $2 cannot be removed"
     alone --mount-proc debootstrap --variant=minbase "$1" "$2" "$address" >"$2.log" ||
         fail "debootstrap failed, see $2.log"
 }

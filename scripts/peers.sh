@@ -65,20 +65,35 @@ install_fleecenbd() {
             --editable ".[dev]"'
 }
 
-fill() { hand_on "$root" && install_packages && install_fleecenbd; }
+# The mark .filling is what a run that was killed in the middle leaves.
+fill() {
+    touch "$root.filling"
+    filled=yes
+    { hand_on "$root" && install_packages && install_fleecenbd; } || filled=no
+    rm "$root.filling"
+    [ "$filled" = yes ]
+}
 
 wanted() { (cd "$repository" && cat pyproject.toml scripts/peers.* scripts/debian-folder.sh) | cksum; }
 
 is_ready() { [ "$(cat "$root.ready" 2>/dev/null)" = "$(wanted)" ]; }
 
+anew() {
+    rm -f "$root.made" "$root.filling"
+    make_folder "$codename" "$root"
+    touch "$root.made"
+}
+
 bring_up_to_date() {
     rm -f "$root.ready"
-    if [ ! -e "$root.made" ] || ! fill; then
-        rm -f "$root.made"
-        make_folder "$codename" "$root"
-        touch "$root.made"
-        fill || fail "$root could not be filled: apt-get or pip fails in it"
-    fi
+    [ -e "$root.made" ] || anew
+    # A whole folder is not thrown away for a network that is down or a name that is misspelt.
+    if [ -e "$root.filling" ]; then
+        fill || { anew && fill; }
+    else
+        fill
+    fi || fail "apt-get or pip fails in $root: is the network there, and are the names in" \
+        "scripts/peers.list right? To have it made anew, remove $root.made"
     wanted >"$root.ready"
     say "ready: $root"
 }
