@@ -88,11 +88,12 @@ def pull_with_trim(uri: str, target: Path, run: Run, pace: int) -> None:
     """Read, write, make durable, and only then release."""
     client = nbd.NBD()
     client.connect_uri(uri)
-    with target.open("wb", buffering=0) as backup:
+    with target.open("wb") as backup:  # write() stores all, or raises
         start = time.monotonic()
         for offset in range(0, run.size, PULL_LENGTH):
             length = min(PULL_LENGTH, run.size - offset)
             backup.write(client.pread(length, offset))
+            backup.flush()
             os.fdatasync(backup.fileno())
             client.trim(length, offset)
             run.pulled += length
