@@ -89,6 +89,22 @@ ORDERS_ONLY = (
         ),
     ),
     PlantedBug(
+        "an active write counts only once its call begins",
+        "disk",
+        (
+            (
+                "        task = asyncio.get_running_loop().create_task("
+                'call, name=f"active write to {self.name}")\n'
+                "        self.active_writes += 1\n",
+                "        async def counted() -> None:\n"
+                "            self.active_writes += 1\n"
+                "            await call\n\n"
+                "        task = asyncio.get_running_loop().create_task("
+                'counted(), name=f"active write to {self.name}")\n',
+            ),
+        ),
+    ),
+    PlantedBug(
         "holds do not count",
         "disk",
         (("        self._holds -= 1\n", "        self._holds = 0\n"),),
