@@ -51,10 +51,6 @@ not_behind_nbdkit = pytest.mark.not_behind_nbdkit
 """With one of REASONS: the test is about what nbdkit cannot carry."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", f"{MARK}(reason): what nbdkit cannot carry")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "server_kind" in metafunc.fixturenames:
         marked = metafunc.definition.get_closest_marker(MARK) is not None
