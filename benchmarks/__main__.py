@@ -42,7 +42,8 @@ def main(words: list[str] | None = None) -> int:
         return 1
     results = [Result(**row) for row in document["rows"]]
     print(f"\n{report.origin(document)}\n\n{report.table(rows, results)}")
-    _warn_if_busy(document)
+    if warning := machine.warning(document["busy cores"]):
+        print(f"\n{warning}")
     name = datetime.fromisoformat(document["date"]).strftime("%Y%m%d-%H%M%S")
     kept = [options.output] if not options.keep else [options.output, KEPT]
     for folder in kept:
@@ -121,16 +122,15 @@ def _measured(rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
         },
     }
     rounds = []
-    loads = []
+    busy = []
     started = time.monotonic()
     with places(media, suites) as place:
         for number in range(options.rounds):
-            # What runs here raises the load itself: only the first figure is others' work.
-            loads.append(round(machine.load(), 2))
+            busy.append(machine.busy_cores())
             rounds.append(measure(number, suites, place, _progress(number, options.rounds)))
     _progress(0, 0)("")
     document["seconds"] = round(time.monotonic() - started)
-    document["load"] = loads
+    document["busy cores"] = busy
     document["rows"] = [result_of(row, rounds).as_json() for row in rows]
     document["rounds"] = rounds
     return document
@@ -159,12 +159,6 @@ def _progress(number: int, count: int) -> Any:
             print(f"\r{line[:width]:<{width}}", end="" if words else "\r", file=sys.stderr)
 
     return tell
-
-
-def _warn_if_busy(document: dict[str, Any]) -> None:
-    load = document["load"][0]
-    if load > machine.BUSY_CORES:
-        print(f"\nThe load was {load} when this began: the machine was busy, don't trust figures.")
 
 
 def _show(path: Path, *, as_markdown: bool) -> None:

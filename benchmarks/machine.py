@@ -6,6 +6,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import clients
@@ -15,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = ("qemu-storage-daemon", "qemu-nbd", "qemu-img", "nbdkit", "nbdcopy", "fio")
 LIBRARIES = ("bitarray", "uvloop")
 BUSY_CORES = 0.3
-"""Cores' worth of other work within a minute, from which on figures are not to be believed."""
+"""Cores' worth of others' work, past which figures are not to be believed."""
+SAMPLE_S = 1.0
 
 
 def machine() -> dict[str, object]:
@@ -50,9 +53,28 @@ def commit() -> str:
     return f"{name} with changes" if changed else name
 
 
-def load() -> float:
-    """Processes that wanted a core, on average over the last minute."""
-    return os.getloadavg()[0]
+def busy_cores() -> float:
+    """Cores' worth of work that others do now, for a second: while we do nothing."""
+    before = _core_seconds()
+    time.sleep(SAMPLE_S)
+    return round(max(0.0, _core_seconds() - before) / SAMPLE_S, 2)
+
+
+def warning(busy: Sequence[float]) -> str:
+    """A sentence where others were at work before a round, else nothing."""
+    if max(busy) <= BUSY_CORES:
+        return ""
+    return (
+        f"Others kept {max(busy):g} cores busy before a round began: the figures are not to be "
+        "believed. Run this on a machine that does nothing else."
+    )
+
+
+def _core_seconds() -> float:
+    """Since the start, in all cores: everything but idle and waiting; stolen time included."""
+    first = Path("/proc/stat").read_text().splitlines()[0].split()
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, first[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _git(*words: str) -> str:

@@ -37,8 +37,8 @@ def main(words: list[str] | None = None) -> int:
         return 1
     text = page(document)
     print(text)
-    if document["load"] > machine.BUSY_CORES:
-        print(f"The load was {document['load']} when this began: don't trust figures.")
+    if warning := machine.warning(document["busy cores"]):
+        print(warning)
     name = datetime.fromisoformat(document["date"]).strftime("scale-%Y%m%d-%H%M%S")
     for folder in [options.output, KEPT] if options.keep else [options.output]:
         report.write(folder / f"{name}.json", document)
@@ -155,13 +155,14 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
             "requests": options.requests,
             "media": {"memory": images.file_system(options.folder)},
         },
-        "load": round(machine.load(), 2),
+        "busy cores": [],
         "dimensions": {each.name: {name: [] for name in each.columns} for each in chosen},
     }
     with tempfile.TemporaryDirectory(prefix="fleecenbd-bench-", dir=options.folder) as name:
         amount = Amount(Path(name), options.requests, options.size * MIB)
         for number in range(options.rounds):
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
+            document["busy cores"].append(machine.busy_cores())
             for dimension in chosen:
                 for column in list(dimension.columns)[:: 1 if number % 2 == 0 else -1]:
                     document["dimensions"][dimension.name][column].append(
