@@ -59,7 +59,7 @@ lint: $(READY) $(SHELLCHECK)  ## ruff format (check only), ruff, mypy --strict, 
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
-	shellcheck -x .ci/run scripts/*.sh
+	shellcheck -x .ci/run scripts/*.sh $(wildcard examples/*.sh examples/*/*.sh)
 
 $(SHELLCHECK): $(READY) scripts/setup.sh
 	@sh scripts/setup.sh lint
