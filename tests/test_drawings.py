@@ -1,6 +1,5 @@
 """The drawings of docs/: each is that of its source, and names functions that exist."""
 
-import ast
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -8,33 +7,13 @@ from pathlib import Path
 import pytest
 
 from scripts.drawings import IMAGES, draw, stamp
+from tests.functions import is_function
 
-CODE = IMAGES.parents[1] / "fleecenbd"
 SOURCES = sorted(IMAGES.glob("*.dot"))
 
 
 def _names(source: Path) -> list[str]:
     return re.findall(r"<i>(.*?)</i>", source.read_text())
-
-
-def _exists(name: str) -> bool:
-    """Is ``[ROOM.]MODULE.[CLASS.]FUNCTION`` a function of the code, in one module only?"""
-    for count in (1, 2):  # how many words are the module's
-        words = name.split(".")
-        found = list(CODE.glob("/".join(["*"] * (2 - count) + words[:count]) + ".py"))
-        if len(found) == 1 and _holds(ast.parse(found[0].read_text()), words[count:]):
-            return True
-    return False
-
-
-def _holds(node: ast.AST, words: list[str]) -> bool:
-    for child in getattr(node, "body", []):
-        if getattr(child, "name", None) != words[0]:
-            continue
-        if len(words) == 1:
-            return isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
-        return isinstance(child, ast.ClassDef) and _holds(child, words[1:])
-    return False
 
 
 def _texts(svg: str) -> list[str]:
@@ -57,25 +36,9 @@ def test_a_drawing_is_that_of_its_source(source: Path) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_every_function_that_a_drawing_names_exists(source: Path) -> None:
-    assert [name for name in _names(source) if not _exists(name)] == []
+def test_every_function_that_a_drawing_namesis_function(source: Path) -> None:
+    assert [name for name in _names(source) if not is_function(name)] == []
     assert _names(source) or source.stem == "fleecing"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "state.FleeceState.gone",
-        "state.Gone.release",
-        "gone.FleeceState.release",
-        "transmission.Transmission.serve",  # of which room?
-        "state.FleeceState",
-    ],
-)
-def test_a_name_that_is_no_function_is_noticed(name: str) -> None:
-    assert _exists("state.FleeceState.release")
-    assert _exists("engine.state.FleeceState.release")
-    assert not _exists(name)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
