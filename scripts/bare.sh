@@ -40,7 +40,7 @@ folder=${BARE_DIR:-/var/tmp/fleecenbd-bare}
 mkdir -p "$folder"
 pristine=$(cd "$folder" && pwd)/debian$version
 machine=$pristine-run
-lock "$pristine.lock"
+lock exclusive "$pristine.lock"
 
 if [ ! -e "$pristine.made" ]; then
     make_folder "$codename" "$pristine"

@@ -25,10 +25,12 @@ need_root() {
     sh "$repository/scripts/setup.sh" peers
 }
 
-# lock FILE: file descriptor 9 holds it for as long as this process, or one it started, lives.
+# lock exclusive|shared FILE: file descriptor 9 holds it, instead of what it held before, for as
+# long as this process, or one it started, lives.
 lock() {
-    exec 9>"$1"
-    flock --nonblock 9 || { say "waiting for another that uses ${1%.lock}"; flock 9; }
+    exec 9>"$2"
+    flock "--$1" --nonblock 9 ||
+        { say "waiting for another that uses ${2%.lock}"; flock "--$1" 9; }
 }
 
 # Debian's mirror as apt knows it here; of a security or a third party's archive there is no use.

@@ -11,8 +11,8 @@
 # so that what a failed test leaves can be looked at. Server, clients and tests all run in there:
 # nothing of this system's Python or libnbd takes part, so a Debian 13 makes the folder as well.
 #
-# Needs root; debootstrap is installed where it is missing. A second run waits while the folder is
-# being made, and an update waits for those who use it.
+# Needs root; debootstrap is installed where it is missing. Any number may use the folder at once;
+# a run waits while it is being made, and an update waits for those who use it.
 #
 #   PEERS_DIR       where the folder is (the user's cache: $XDG_CACHE_HOME or ~/.cache, fleecenbd)
 #   DEBIAN_MIRROR   by default the one apt uses here
@@ -85,6 +85,8 @@ anew() {
 }
 
 bring_up_to_date() {
+    # As it is now: what changes meanwhile is for the next time.
+    goal=$(wanted)
     rm -f "$root.ready"
     [ -e "$root.made" ] || anew
     # A whole folder is not thrown away for a network that is down or a name that is misspelt.
@@ -94,13 +96,15 @@ bring_up_to_date() {
         fill
     fi || fail "apt-get or pip fails in $root: is the network there, and are the names in" \
         "scripts/peers.list right? To have it made anew, remove $root.made"
-    wanted >"$root.ready"
+    printf '%s\n' "$goal" >"$root.ready"
     say "ready: $root"
 }
 
-lock "$root.lock"
-is_ready || bring_up_to_date
-[ $# -gt 0 ] || exit 0
-# From here on any number may use the folder at once.
-flock --shared 9
-inside "$@"
+# Any number may use the folder at once; who changes it is alone.
+lock shared "$root.lock"
+until is_ready; do
+    lock exclusive "$root.lock"
+    is_ready || bring_up_to_date
+    lock shared "$root.lock"
+done
+[ $# -eq 0 ] || inside "$@"

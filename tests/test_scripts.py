@@ -192,23 +192,37 @@ def test_folders_that_pip_is_told_to_look_into_are_handed_on(tmp_path: Path) -> 
     assert "/not/there" not in named
 
 
+def _locking(kind: str, file: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        ["sh", "-c", f". {SCRIPTS}/debian-folder.sh; lock {kind} {file}; say mine"],
+        env={"PATH": os.environ["PATH"], "who": "test", "repository": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_who_shares_a_folder_does_not_wait(tmp_path: Path) -> None:
+    file = tmp_path / "trixie.lock"
+    with file.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        assert _locking("shared", file).communicate(timeout=60)[0] == "test: mine\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(fcntl.LOCK_EX, "shared"), (fcntl.LOCK_SH, "exclusive")]
+)
 def test_who_comes_second_says_that_it_waits_and_goes_on_when_the_first_is_done(
-    tmp_path: Path,
+    tmp_path: Path, first: int, second: str
 ) -> None:
     file = tmp_path / "trixie.lock"
     with file.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        second = subprocess.Popen(
-            ["sh", "-c", f". {SCRIPTS}/debian-folder.sh; lock {file}; say mine"],
-            env={"PATH": os.environ["PATH"], "who": "test", "repository": str(ROOT)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert second.stdout is not None
-        said = second.stdout.readline()
+        fcntl.flock(held, first)
+        process = _locking(second, file)
+        assert process.stdout is not None
+        said = process.stdout.readline()
         assert said == f"test: waiting for another that uses {file.with_suffix('')}\n"
-    assert second.communicate(timeout=60)[0] == "test: mine\n"
-    assert second.returncode == 0
+    assert process.communicate(timeout=60)[0] == "test: mine\n"
+    assert process.returncode == 0
 
 
 def test_every_line_of_the_peers_list_is_one_package() -> None:
