@@ -136,8 +136,7 @@ class PluginClient:
     def _leave(self, done: Future[None]) -> None:
         assert not self._in_flight, "nbdkit closes when every callback has returned"
         self._clients.lost(self, set())
-        if not self._left.done():
-            self._left.set_result(None)
+        self.abort()
         done.set_result(None)
 
     def _serve(self, request: Request, answer: Future[Any]) -> None:
@@ -219,13 +218,16 @@ class PluginClient:
         return False
 
     def drop(self, why: str) -> None:
-        """Not for us to do."""
+        """Not for us to do: connections are nbdkit's."""
 
     def abort(self) -> None:
-        """Not for us to do."""
+        """Nobody waits any more for this client to leave."""
+        if not self._left.done():
+            self._left.set_result(None)
 
     def close(self) -> None:
-        """Not for us to do: nbdkit has closed every connection before it lets us stop."""
+        """As ``abort``: nbdkit stops when its clients have left, or at once."""
+        self.abort()
 
     async def drain(self) -> None:
         """Return when what is in flight has ended."""

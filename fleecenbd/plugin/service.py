@@ -4,7 +4,7 @@
                  fail does so while the user's terminal is there. No thread, no loop is left.
     after_fork   the loop's thread starts, for threads do not outlive the fork
     ...          nbdkit serves
-    cleanup      connections are closed: the session ends, images are synced, locks are let go,
+    cleanup      no callback will come any more: the session ends, images are synced, locks are let go,
                  the thread ends
 
 Between get_ready and after_fork nobody can write to the disks, so that the session holds what it
@@ -123,7 +123,7 @@ class Service:
         clients.guest_left = forget_later
 
     def cleanup(self) -> None:
-        """Stop: nbdkit has closed every connection. May end the process, with status 1."""
+        """Stop: nbdkit lets nobody call us any more. May end the process, with status 1."""
         loop, thread = self._loop, self._thread
         assert loop is not None, "nbdkit calls this after after_fork only"
         assert thread is not None, "nbdkit calls this after after_fork only"
