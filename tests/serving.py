@@ -84,9 +84,12 @@ class Serving:
         folder = Path(f"/proc/{self.pid}/fd")
         used = {}
         for entry in folder.iterdir():
-            if os.readlink(entry).endswith(" (deleted)"):
-                status = entry.stat()
-                used[status.st_dev, status.st_ino] = status.st_blocks * 512
+            try:
+                if os.readlink(entry).endswith(" (deleted)"):
+                    status = entry.stat()
+                    used[status.st_dev, status.st_ino] = status.st_blocks * 512
+            except FileNotFoundError:  # closed since the folder was listed
+                continue
         return sum(used.values())
 
     def stop(self) -> int:
