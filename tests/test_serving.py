@@ -17,9 +17,8 @@ def server(tmp_path: Path) -> Iterator[Serving]:
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, 65536)
         path.unlink()
-        with subprocess.Popen(
-            ["cat"], stdin=subprocess.PIPE, pass_fds=[file.fileno()], text=False
-        ) as process:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(["cat"], **pipes, pass_fds=[file.fileno()]) as process:
             yield Serving(process, tmp_path / "f.sock", None, tmp_path / "log")
             process.kill()
 
