@@ -11,6 +11,7 @@ import fnmatch
 import shutil
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,7 @@ def main(words: list[str] | None = None) -> int:
     options = _options(words)
     try:
         if options.show:
-            for path in options.show:
-                _show(path, as_markdown=options.markdown)
+            _show([report.read(path) for path in options.show], options)
             return 0
         rows = chosen(options.rows)
         document = _measured(rows, options)
@@ -48,7 +48,7 @@ def main(words: list[str] | None = None) -> int:
     kept = [options.output] if not options.keep else [options.output, KEPT]
     for folder in kept:
         report.write(folder / f"{name}.json", document)
-        (folder / f"{name}.md").write_text(page(document, rows, results))
+        (folder / f"{name}.md").write_text(page(report.origin(document), rows, results))
         (folder / f"{name}.svg").write_text(plot.svg(rows, results))
         print(f"written: {folder / name}.json, .md, .svg")
     verdicts = {result.verdict for result in results}
@@ -67,11 +67,11 @@ def chosen(patterns: str | None) -> list[Row]:
     return [row for row in ROWS if any(fnmatch.fnmatchcase(row.key, name) for name in wanted)]
 
 
-def page(document: dict[str, Any], rows: list[Row], results: list[Result]) -> str:
+def page(origin: str, rows: list[Row], results: list[Result]) -> str:
     """The Markdown that goes into docs/benchmarking.md."""
-    origin = "  \n".join(report.origin(document).splitlines())
+    lines = "  \n".join(origin.splitlines())
     summary = "\n".join(f"- {line}" for line in report.summary(results))
-    return f"{origin}\n\n{report.markdown(rows, results)}\n\n{summary}\n"
+    return f"{lines}\n\n{report.markdown(rows, results)}\n\n{summary}\n"
 
 
 def _options(words: list[str] | None) -> argparse.Namespace:
@@ -91,6 +91,7 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the rows' keys and titles")
     parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="print earlier runs")
     parser.add_argument("--markdown", action="store_true", help="with --show: as Markdown")
+    parser.add_argument("--hardest", action="store_true", help="with --show: each row's worst run")
     options = parser.parse_args(words)
     if options.list:
         for row in ROWS:
@@ -161,15 +162,26 @@ def _progress(number: int, count: int) -> Any:
     return tell
 
 
-def _show(path: Path, *, as_markdown: bool) -> None:
-    document = report.read(path)
-    by_key = {row.key: row for row in ROWS}
-    results = [Result(**row) for row in document["rows"] if row["key"] in by_key]
-    rows = [by_key[result.key] for result in results]
-    if as_markdown:
-        print(page(document, rows, results))
+def _show(documents: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Each run's table, or one table of each row's worst."""
+    if options.hardest:
+        pairs = [(row, report.hardest(documents, row)) for row in ROWS]
+        found = [(row, *pair) for row, pair in pairs if pair is not None]
+        rows = [replace(row, theirs=f"{row.theirs} ({system})") for row, system, _ in found]
+        results = [result for _, _, result in found]
+        tables = [("\n\n".join(map(report.origin, documents)), rows, results)]
     else:
-        print(f"{report.origin(document)}\n\n{report.table(rows, results)}\n")
+        tables = []
+        by_key = {row.key: row for row in ROWS}
+        for document in documents:
+            results = [Result(**row) for row in document["rows"] if row["key"] in by_key]
+            rows = [by_key[result.key] for result in results]
+            tables.append((report.origin(document), rows, results))
+    for origin, rows, results in tables:
+        if options.markdown:
+            print(page(origin, rows, results))
+        else:
+            print(f"{origin}\n\n{report.table(rows, results)}\n")
 
 
 if __name__ == "__main__":

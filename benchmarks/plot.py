@@ -48,10 +48,9 @@ def svg(rows: Sequence[Row], results: Sequence[Result]) -> str:
 
 def _bar(row: Row, result: Result, y: int) -> list[str]:
     middle = y + BAR / 2
-    peer = row.theirs if row.ours == "fleecenbd" else f"{row.ours} : {row.theirs}"
     parts = [
         f'<text x="{LEFT - 130}" y="{y + 11}" text-anchor="end">{escape(row.title)}</text>',
-        f'<text x="{LEFT - 124}" y="{y + 11}" fill="#777">{escape(peer)}</text>',
+        f'<text x="{LEFT - 124}" y="{y + 11}" fill="#777">{escape(row.theirs)}</text>',
     ]
     if result.ratio is None or result.verdict == ERROR:
         parts.append(f'<text x="{_x(1) + 6:.1f}" y="{y + 11}">{result.verdict}</text>')

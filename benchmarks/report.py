@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def origin(document: Mapping[str, Any]) -> str:
     """The date, the commit, the machine, the versions and the options, each in a line."""
     machine = document["machine"]
     options = document["options"]
-    words = ", ".join(f"{name} {value}" for name, value in document["versions"].items())
+    words = ", ".join(f"{name} {_version(words)}" for name, words in document["versions"].items())
     media = ", ".join(f"{name}: {kind}" for name, kind in options["media"].items())
     return "\n".join(
         [
@@ -88,6 +89,34 @@ def read(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise RuntimeError(f"{path} is no file that make bench has written") from None
     return document
+
+
+def hardest(documents: Sequence[Mapping[str, Any]], row: Row) -> tuple[str, Result] | None:
+    """Of several runs, the row's result that is worst for us, and the system it comes from.
+
+    An error is worse than any ratio. None where no run has the row.
+    """
+    found = [
+        (str(document["machine"]["system"]).replace(" GNU/Linux", ""), Result(**each))
+        for document in documents
+        for each in document["rows"]
+        if each["key"] == row.key
+    ]
+
+    def badness(one: tuple[str, Result]) -> tuple[bool, float]:
+        result = one[1]
+        figure = result.ours if row.absolute else result.ratio
+        if result.verdict == ERROR or figure is None:
+            return True, 0.0
+        return False, figure if row.better == LOWER else -figure
+
+    return max(found, key=badness, default=None)
+
+
+def _version(words: str) -> str:
+    """The number in what a program says of itself."""
+    number = re.search(r"[0-9]+(\.[0-9]+)+", words)
+    return number[0] if number else words
 
 
 def _cells(row: Row, result: Result) -> tuple[str, ...]:

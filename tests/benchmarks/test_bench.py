@@ -51,7 +51,9 @@ def test_a_run_prints_its_rows_and_writes_every_rounds_figures(
         assert "temp image" in path.with_suffix(ending).read_text()
     assert list(memory.iterdir()) == []
     assert main(["--show", str(path)]) == 0
-    assert "CPU seconds per GiB pulled" in capsys.readouterr().out
+    assert capsys.readouterr().out.strip() in printed
+    assert main(["--show", str(path), str(path), "--hardest", "--markdown"]) == 0
+    assert "| QEMU fleecing (Debian 1" in capsys.readouterr().out
 
 
 def test_a_server_that_is_missing_is_told_in_its_rows_and_in_the_exit_status(

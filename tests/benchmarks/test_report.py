@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.ratios import Result
-from benchmarks.report import markdown, number, read, table, write
+from benchmarks.report import hardest, markdown, number, read, table, write
 from benchmarks.rows import LOWER, Row
 
 ROWS = [
@@ -68,3 +68,29 @@ def test_a_file_comes_back_as_it_was_written_and_others_are_refused(tmp_path: Pa
         path.write_text(content)
         with pytest.raises(RuntimeError, match=str(path)):
             read(path)
+
+
+def _run(system: str, *results: Result) -> dict[str, object]:
+    return {"machine": {"system": system}, "rows": [each.as_json() for each in results]}
+
+
+@pytest.mark.parametrize(("row", "worst"), [(ROWS[0], 2.0), (ROWS[1], 3.0)])
+def test_of_several_runs_the_row_is_told_that_is_worst_for_us(row: Row, worst: float) -> None:
+    runs = [
+        _run(f"Debian {ratio:g}", Result(row.key, 1.0, 1.0, ratio, ratio, ratio, "reached"))
+        for ratio in (2.0, 3.0)
+    ]
+    found = hardest(runs, row)
+    assert found is not None
+    assert (found[0], found[1].ratio) == (f"Debian {worst:g}", worst)
+
+
+def test_of_several_runs_an_error_is_the_worst_and_a_row_in_none_is_left_out() -> None:
+    runs = [
+        _run("fine", RESULTS[0]),
+        _run("broken", Result(**{**RESULTS[2].as_json(), "key": "pull"})),
+    ]
+    found = hardest(runs, ROWS[0])
+    assert found is not None
+    assert (found[0], found[1].verdict) == ("broken", "ERROR")
+    assert hardest(runs, ROWS[1]) is None
