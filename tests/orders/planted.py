@@ -79,6 +79,11 @@ ORDERS_ONLY = (
         ),
     ),
     PlantedBug(
+        "block status that has lost a part holds up nobody",
+        "state",
+        (("& access[low:high]).any()", "& access[low:high]).all()"),),
+    ),
+    PlantedBug(
         "arming looks for active writes once",
         "session",
         (

@@ -21,6 +21,7 @@ QUICKEST = (
     ("a read does not look again before its reply", "write_read_trim", "T0"),
     ("block status is not frozen", "stat", "T0"),
     ("block status does not look at access again", "stat_trim", "T0"),
+    ("block status that has lost a part holds up nobody", "stat_part_released", "T0"),
 )
 
 

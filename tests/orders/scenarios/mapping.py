@@ -34,6 +34,12 @@ MAPPING = (
         limits={"STATUS_WINDOW": CLUSTER},
     ),
     Scenario(
+        "stat_part_released",
+        "status of two clusters in one call: one is released, the guest zeroes both",
+        {"s0": (status(0, 2),), "g1": (zero(0, 2),), "t1": (release(1),)},
+        clusters=2,
+    ),
+    Scenario(
         "discards",
         "a guest's discard leaves alone what a session needs, while that is copied and released",
         {"g1": (discard(0, 2),), "g2": (write(0),), "r1": (read(0, 2),), "t1": (release(1),)},
