@@ -72,6 +72,15 @@ async def guest(world: World, disk: SimDisk, plan: DiskPlan, number: int) -> Non
         in_flight.add(world.spawn(call, f"guest {disk.name} {number}"))
 
 
+async def guest_mapper(world: World, disk: SimDisk, plan: DiskPlan) -> None:
+    """A guest that asks which parts of its disk are zero, while others change it."""
+    rng = random.Random(f"guest mapper {world.plan.seed} {plan.name}")
+    for _ in range(rng.randrange(6)):
+        await asyncio.sleep(rng.random() * rng.choice((0.005, 0.05, 0.2)))
+        offset, length = draw_range(rng, disk.size, plan.unit)
+        await requests.guest_status(world, disk, offset, length)
+
+
 async def pull(world: World, watch: FleeceWatch, plan: SessionPlan, number: int) -> None:
     """A backup: reads everything once, and releases what it has (or not)."""
     rng = random.Random(f"pull {world.plan.seed} {watch.name} {number}")

@@ -6,6 +6,7 @@ S   nothing in the temp image for a released range from TRIM's reply on; never o
 L   nobody waits without a reason (waits.py), and no guest longer than its timers allow
 B   the partition: copy, done or one copy in flight, wherever access is set; access only shrinks,
     and only by what was asked for
+A   x-fleecenbd:access tells what may be read, and which image has it
 X   no session breaks, no guest write fails and no read is refused without a cause
 """
 
@@ -22,7 +23,7 @@ from .history import GuestWrite
 from .watch import FleeceWatch
 
 if TYPE_CHECKING:
-    from .requests import GuestRequest
+    from .requests import ClientRequest, GuestRequest
     from .world import SimDisk, World
 
 EPSILON_S = 1e-6
@@ -287,6 +288,41 @@ class Checkers:
             watch.freed[cluster] and watch.temp.holds(cluster * size, size)
             for cluster in range(first, end)
         )
+
+    # what a client is told
+
+    def check_access_map(
+        self, watch: FleeceWatch, request: ClientRequest, offset: int, length: int
+    ) -> None:
+        """x-fleecenbd:access, byte by byte of a cluster, against access and both images.
+
+        Told as held in the temp image: it is there; told as readable and not there: the active
+        image still has it.
+        """
+        position = offset
+        for extent_length, flags in watch.fleece.access_status(offset, length):
+            stop = position + extent_length
+            while position < stop:
+                end = min(stop, ((position >> watch.shift) + 1) << watch.shift)
+                self._check_told(watch, request, position, end, flags)
+                position = end
+        if position != offset + length:
+            self.violation(f"A: {request}: x-fleecenbd:access ends at {position}")
+
+    def _check_told(
+        self, watch: FleeceWatch, request: ClientRequest, begin: int, end: int, flags: int
+    ) -> None:
+        if bool(flags & 1) != watch.has_access(begin, 1):
+            self.violation(f"A: {request}: x-fleecenbd:access is wrong at {begin}")
+        if not flags & 1:
+            if flags:
+                self.violation(f"A: {request}: {flags} is told of released bytes at {begin}")
+            return
+        in_temp = bool(flags & 2)
+        self.met["access map: in temp" if in_temp else "access map: not in temp"] += 1
+        device = watch.temp if in_temp else watch.disk.device
+        if bytes(device.content[begin:end]) != watch.t0[begin:end]:
+            self.violation(f"A: {request}: {device.name} does not hold {begin}..{end}, as told")
 
     # the end
 

@@ -249,6 +249,11 @@ BACKUP_SIDE = (
         ("flags if readable else _DATA", "flags"),
     ),
     _bug(
+        "the access map tells of what was ever begun to be copied as held",
+        "snapshot_access",
+        ("in state.done.runs(start, run)", "in state.charged.runs(start, run)"),
+    ),
+    _bug(
         "a read in one step does not look at access",
         "snapshot_access",
         (
@@ -398,6 +403,14 @@ ACTIVE_IMAGE = (
             "        except OSError:\n"
             "            return\n"
             "        await self._active(self.device.pwrite(offset, data))\n",
+        ),
+    ),
+    _bug(
+        "a guest's status begins at a sector",
+        "disk",
+        (
+            "windowed_status(self.device.extents, offset, length,",
+            "windowed_status(self.device.extents, offset & ~511, length,",
         ),
     ),
     _bug(

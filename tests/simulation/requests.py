@@ -182,6 +182,30 @@ async def guest_read(world: World, disk: SimDisk, offset: int, length: int) -> N
     disk.reads_seen.append(seen)
 
 
+async def guest_status(world: World, disk: SimDisk, offset: int, length: int) -> None:
+    """A guest's BLOCK_STATUS of the active image: what it calls zero must read as zeroes."""
+    began = world.tick()
+    seen = GuestRead(offset, b"", began)
+    REQUEST.set(seen)
+    world.met["guest status"] += 1
+    try:
+        extents = await disk.engine_disk.status(offset, length)
+    except OSError as error:
+        if not seen.device_failed:
+            world.checkers.violation(f"X: a guest's status failed without a cause: {error}")
+        return
+    ended = world.tick()
+    position = offset
+    for extent_length, flags in extents:
+        if flags & EXTENT_ZERO:
+            world.met["zero claims to guests"] += 1
+            claim = GuestRead(position, bytes(extent_length), began, ended)
+            disk.reads_seen.append(claim)
+        position += extent_length
+    if not offset < position <= offset + length:
+        world.checkers.violation(f"X: a guest's status answered {position - offset} bytes")
+
+
 async def guest_flush(world: World, disk: SimDisk) -> None:
     """A guest's FLUSH."""
     await disk.engine_disk.flush()
@@ -303,8 +327,4 @@ async def client_status(world: World, watch: FleeceWatch, offset: int, length: i
         position = stop
     if not offset < position <= offset + length:
         violation(f"X: {request} answered {position - offset} bytes")
-    position = offset
-    for extent_length, flags in fleece.access_status(offset, length):
-        if bool(flags & 1) != watch.has_access(position, 1):
-            violation(f"X: {request}: x-fleecenbd:access is wrong at {position}")
-        position += extent_length
+    world.checkers.check_access_map(watch, request, offset, length)

@@ -221,6 +221,7 @@ class World:
                 self.spawn(
                     actors.guest(self, disk, disk.plan, number), f"guest {disk.name} {number}"
                 )
+            self.spawn(actors.guest_mapper(self, disk, disk.plan), f"guest mapper {disk.name}")
         for session in self.plan.sessions:
             self.spawn(actors.controller(self, session), f"controller {session.name}")
         try:
