@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -242,6 +243,16 @@ def test_parts_of_a_cluster_are_a_union_of_bytes(
                 # The oldest entry is forgotten, and its cluster stays.
                 del model[next(iter(model))]
         assert len(table) == len(model)
+
+
+@pytest.mark.parametrize("gap", range(1, 15))
+@pytest.mark.parametrize("head_first", [True, False])
+def test_parts_with_a_byte_missing_between_them_are_no_whole(gap: int, head_first: bool) -> None:
+    table = PartTable()
+    parts = [(0, gap), (gap + 1, 16)]
+    for start, end in parts if head_first else reversed(parts):
+        assert not table.add(7, start, end, 16)
+    assert table.add(7, gap, gap + 1, 16)
 
 
 @given(first=st.integers(0, 5), end=st.integers(0, 5))
