@@ -114,6 +114,22 @@ async def test_a_backup_sees_what_it_may_read_and_what_temp_holds(mode: str) -> 
         }
 
 
+async def test_what_may_be_read_is_told_as_it_is_when_the_reply_leaves() -> None:
+    async with room(session="n") as served:
+        asking = await served.client(
+            "vda@n", wire.EXTENDED, "base:allocation", "x-fleecenbd:access"
+        )
+        releasing = await served.client("vda@n")
+        active = served.devices["vda"]
+        active.gate("extents")
+        asked = asyncio.ensure_future(asking.ask(wire.BLOCK_STATUS, 0, 2 * CLUSTER))
+        call = await active.reached("extents")
+        assert (await releasing.ask(wire.TRIM, 0, CLUSTER)).error == 0
+        call.go()
+        access = asking.contexts["x-fleecenbd:access"]
+        assert (await asked).contexts[access] == [(CLUSTER, 0), (CLUSTER, 1)]
+
+
 async def test_block_status_answers_only_for_the_contexts_of_its_payload() -> None:
     async with room(session="n") as served:
         backup = await served.client(
