@@ -160,6 +160,20 @@ def test_every_way_a_guest_can_write_is_kept_from_the_backup(fleeced: Fleeced) -
         assert bytes(backup.pread(fleeced.size, 0)) == before
 
 
+def test_zeroes_take_space_where_the_guest_wants_no_hole(fleeced: Fleeced) -> None:
+    with connected(fleeced.guest) as guest:
+        guest.pwrite(b"d" * MIB, 4 * MIB)
+        guest.flush()
+        used = fleeced.disk.stat().st_blocks * 512
+        guest.zero(MIB, 4 * MIB, nbd.CMD_FLAG_NO_HOLE)
+        guest.flush()
+        assert fleeced.disk.stat().st_blocks * 512 >= used
+        guest.zero(MIB, 4 * MIB)
+        guest.flush()
+        assert fleeced.disk.stat().st_blocks * 512 <= used - MIB
+        assert bytes(guest.pread(MIB, 4 * MIB)) == bytes(MIB)
+
+
 def test_requests_past_the_end_are_refused(fleeced: Fleeced) -> None:
     def unchecked(handle: nbd.NBD) -> None:
         # All that libnbd would refuse by itself; it must go on setting the flags that it sets.
