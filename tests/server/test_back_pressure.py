@@ -98,6 +98,24 @@ async def test_a_client_that_vanishes_with_replies_unread_gives_their_bytes_back
         assert served.charged == (0, 0)
 
 
+async def test_block_status_counts_as_what_its_reply_may_become() -> None:
+    limits = ServerLimits(bytes_max=MIB, status_bytes=512 * KIB)
+    async with room(limits=limits, session="n") as served:
+        device = served.devices["vda"]
+        device.gate("extents")
+        backup = await served.client("vda@n", wire.STRUCTURED, "base:allocation")
+        for _ in range(5):
+            await backup.post(wire.BLOCK_STATUS, 0, SIZE)
+        await served.settled()
+        assert sum(call.kind == "extents" for call in device.waiting) == 2
+        assert served.charged == (0, MIB)
+        device.open()
+        for _ in range(5):
+            assert (await backup.reply()).error == 0
+        await served.settled()
+        assert served.charged == (0, 0)
+
+
 async def test_so_many_requests_of_one_client_wait_and_no_more() -> None:
     async with room(limits=ServerLimits(requests_max=5)) as served:
         device = served.devices["vda"]
