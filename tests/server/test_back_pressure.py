@@ -307,6 +307,25 @@ async def test_a_busy_client_leaves_others_their_turn(
                 await busy.reply()
 
 
+async def test_writes_made_at_once_leave_others_their_turn() -> None:
+    limits = ServerLimits(pass_bytes_max=16 * KIB, write_bytes_min=4 * KIB)
+    async with room(session="n", limits=limits) as served:
+        others = [await served.client("vda@n")]
+        busy = await served.client("vda")
+        others.append(await served.client("vda@n"))
+        for other in others:
+            connection = served.connection("vda")
+            assert connection.transmission is not None
+            data = b"".join(busy.prepare(wire.WRITE, 0, payload=b"w" * 512)[1] for _ in range(200))
+            busy.socket.send(data)
+            _, read = other.prepare(wire.READ, SIZE - 1, 1)
+            other.socket.send(read)
+            await other.reply()
+            assert connection.transmission.received_bytes > 0, "not all was served before"
+            for _ in range(200):
+                assert (await busy.reply()).error == 0
+
+
 async def test_requests_that_are_refused_or_cost_nothing_leave_others_their_turn_too() -> None:
     async with room(session="n") as served:
         other, busy = await served.client("vda@n"), await served.client("vda@n")
