@@ -17,6 +17,7 @@ import argparse
 import errno
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -198,8 +199,17 @@ def main() -> int:
     options = parser.parse_args()
     total = Counts()
     for seed in range(options.seed, options.seed + options.runs):
-        with tempfile.TemporaryDirectory(prefix="fleecenbd-stress-") as folder:
-            counts = one_run(Path(folder), seed, loops=options.loops)
+        folder = Path(tempfile.mkdtemp(prefix="fleecenbd-stress-"))
+        try:
+            counts = one_run(folder, seed, loops=options.loops)
+        except BaseException:
+            print(
+                f"seed {seed} failed; its disks and logs are kept in {folder}; again: "
+                f"python -m tests.e2e.stress --runs 1 --seed {seed}",
+                file=sys.stderr,
+            )
+            raise
+        shutil.rmtree(folder)
         print(
             f"seed {seed}: {counts.pulls} pulls equal, {counts.trims} pieces read and released, "
             f"{counts.refused} reads refused after it, {counts.kills} clients killed, "
