@@ -51,7 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.planted:
         return planted.table(options.limit or planted.STATES_MAX)
-    under_test = planted.planted(options.bug) if options.bug else engine.real()
+    try:
+        under_test = planted.planted(options.bug) if options.bug else engine.real()
+    except ValueError as error:
+        parser.error(str(error))
     if options.replay is not None:
         if len(chosen) != 1:
             parser.error("--replay is of one --scenario")

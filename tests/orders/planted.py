@@ -273,8 +273,15 @@ class Catch:
 
 
 def planted(name: str) -> engine.Engine:
-    """The engine with the bug of that name in it."""
-    return mutations.load(next(bug for bug in BUGS if bug.name == name))
+    """The engine with a bug in it; a part of its name will do. ValueError unless it is one."""
+    matching = [bug for bug in BUGS if bug.name == name]
+    matching = matching or [bug for bug in BUGS if name in bug.name]
+    if len(matching) != 1:
+        names = "\n  ".join(bug.name for bug in matching or BUGS)
+        raise ValueError(
+            f"{name!r} names {len(matching)} planted bugs, not one; there are\n  {names}"
+        )
+    return mutations.load(matching[0])
 
 
 def hunt(
