@@ -249,6 +249,23 @@ def test_a_session_that_finishes_is_a_success_unless_somebody_says_no(failed: bo
 
 
 @simulated
+async def test_a_session_is_closed_when_the_last_copy_no_longer_reads_the_disk() -> None:
+    scene = Scene()
+    await scene.arm()
+    scene.active.gate("read")
+    write = scene.write(0)
+    call = await scene.active.reached("read")
+    assert scene.session is not None
+    scene.session.finish()
+    await write
+    closing = asyncio.ensure_future(scene.session.wait_closed())
+    await settle()
+    assert not closing.done()
+    call.go()
+    await closing
+
+
+@simulated
 async def test_a_session_is_closed_when_the_last_call_on_every_temp_image_has_ended() -> None:
     disks, temps = [_disk("vda"), _disk("vdb")], Temps()
     session = await _arm(disks, temps)
