@@ -221,7 +221,9 @@ class World:
                 self.spawn(
                     actors.guest(self, disk, disk.plan, number), f"guest {disk.name} {number}"
                 )
-            self.spawn(actors.guest_mapper(self, disk, disk.plan), f"guest mapper {disk.name}")
+            if disk.plan.guests:
+                mapper = actors.guest_mapper(self, disk, disk.plan)
+                self.spawn(mapper, f"guest mapper {disk.name}")
         for session in self.plan.sessions:
             self.spawn(actors.controller(self, session), f"controller {session.name}")
         try:
