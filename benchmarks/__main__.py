@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import images, machine, plot, report
+from benchmarks.before import rows_before, suites_before
 from benchmarks.ratios import ERROR, SHORT, Result, result_of
 from benchmarks.rounds import Media, measure, places
 from benchmarks.rows import ROWS, Row
@@ -36,7 +37,11 @@ def main(words: list[str] | None = None) -> int:
             _show([report.read(path) for path in options.show], options)
             return 0
         rows = chosen(options.rows)
-        document = _measured(rows, options)
+        suites = [suite for suite in SUITES if any(row.suite == suite.name for row in rows)]
+        if options.before:
+            rows = rows_before(rows)
+            suites = suites_before(suites, rows, machine.ROOT, options.before)
+        document = _measured(rows, suites, options)
     except RuntimeError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
@@ -85,6 +90,9 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--disk-folder", type=Path, default=Path("/var/tmp"), help="images on a disk"
     )
+    parser.add_argument(
+        "--before", type=Path, metavar="CHECKOUT", help="against another checkout, not the peers"
+    )
     parser.add_argument("--output", type=Path, default=machine.ROOT / "build" / "bench")
     parser.add_argument("--keep", action="store_true", help="also write to docs/benchmarks")
     parser.add_argument("--strict", action="store_true", help="fail where a row falls short")
@@ -97,6 +105,10 @@ def _options(words: list[str] | None) -> argparse.Namespace:
         for row in ROWS:
             print(f"{row.key:<24}{row.title} ({row.theirs})")
         parser.exit()
+    if options.before is not None:
+        options.before = options.before.resolve()
+        if not (options.before / "fleecenbd" / "__main__.py").exists():
+            parser.error(f"--before: {options.before} is no checkout of fleecenbd")
     for name, value in (QUICK if options.quick else FULL).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -105,9 +117,8 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _measured(rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
+def _measured(rows: list[Row], suites: list[Suite], options: argparse.Namespace) -> dict[str, Any]:
     """The document of a run: where it comes from, every round's figures, a result for each row."""
-    suites = [suite for suite in SUITES if any(row.suite == suite.name for row in rows)]
     media = Media(options.folder, options.disk_folder, options.size * MIB, options.limit)
     document: dict[str, Any] = {
         "format": report.FORMAT,
@@ -119,6 +130,7 @@ def _measured(rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
             "size MiB": options.size,
             "rounds": options.rounds,
             "limit s": options.limit,
+            "before": options.before and machine.commit(options.before),
             "media": _file_systems(suites, media),
         },
     }

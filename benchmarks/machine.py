@@ -43,11 +43,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str:
+def commit(checkout: Path = ROOT) -> str:
     """The commit that is measured, and whether files of it were changed since."""
     try:
-        name = _git("rev-parse", "--short=12", "HEAD")
-        changed = _git("status", "--porcelain", "--", "fleecenbd", "benchmarks")
+        name = _git(checkout, "rev-parse", "--short=12", "HEAD")
+        changed = _git(checkout, "status", "--porcelain", "--", "fleecenbd", "benchmarks")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{name} with changes" if changed else name
@@ -77,9 +77,9 @@ def _core_seconds() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _git(*words: str) -> str:
+def _git(checkout: Path, *words: str) -> str:
     # The owner of the checkout may be somebody else than who measures.
-    command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *words]
+    command = ["git", "-c", f"safe.directory={checkout}", "-C", str(checkout), *words]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     return result.stdout.strip()
 

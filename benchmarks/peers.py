@@ -88,11 +88,21 @@ def fleecenbd(
     session: bool = True,
     tcp: bool = False,
     options: tuple[str, ...] = (),
+    checkout: Path | None = None,
 ) -> Iterator[Server]:
-    """``fleecenbd serve``, with a session begun unless told otherwise; disks vm0, vm1, ..."""
+    """``fleecenbd serve``, with a session begun unless told otherwise; disks vm0, vm1, ...
+
+    The one that is installed beside this interpreter, or that of a checkout.
+    """
     names = [f"vm{number}" for number in range(len(images))]
+    program = [str(Path(sys.executable).parent / "fleecenbd")]
+    environment = None
+    if checkout is not None:
+        # -P: not from the folder that we happen to be in.
+        program = [sys.executable, "-P", "-m", "fleecenbd"]
+        environment = {**os.environ, "PYTHONPATH": str(checkout)}
     command = [
-        str(Path(sys.executable).parent / "fleecenbd"),
+        *program,
         "serve",
         *(f"{name}={image}" for name, image in zip(names, images, strict=True)),
         *("--state-dir", str(folder / "state"), "--log-level", "warning"),
@@ -105,7 +115,7 @@ def fleecenbd(
         if tcp:
             place = _free_port()
             command += ["--port", str(place)]
-        with _running(command, folder, place) as (pid, started):
+        with _running(command, folder, place, environment) as (pid, started):
             guests = tuple(_uri(name, place) for name in names)
             fleeces = tuple(_uri(f"{name}@n", place) for name in names) if session else ()
             yield Server(guests, fleeces, (pid,), started)
@@ -163,12 +173,19 @@ def direct(folder: Path, image: Path) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def _running(command: list[str], folder: Path, place: Path | int) -> Iterator[tuple[int, float]]:
+def _running(
+    command: list[str],
+    folder: Path,
+    place: Path | int,
+    environment: dict[str, str] | None = None,
+) -> Iterator[tuple[int, float]]:
     """The pid of a server that takes connections at a socket's path, or a port; and its start."""
     log = folder / f"{Path(command[0]).name}.log"
     started = time.monotonic()
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+        )
     try:
         _wait_for(place, process, log)
         yield process.pid, started

@@ -56,11 +56,12 @@ def origin(document: Mapping[str, Any]) -> str:
     """The date, the commit, the machine, the versions and the options, each in a line."""
     machine = document["machine"]
     options = document["options"]
+    before = f", before: {options['before']}" if options.get("before") else ""
     words = ", ".join(f"{name} {_version(words)}" for name, words in document["versions"].items())
     media = ", ".join(f"{name}: {kind}" for name, kind in options["media"].items())
     return "\n".join(
         [
-            f"{document['date']}, commit {document['commit']}",
+            f"{document['date']}, commit {document['commit']}{before}",
             f"{machine['cpu']}, {machine['cores']} cores, {machine['memory GiB']} GiB; "
             f"Linux {machine['kernel']}, {machine['system']}",
             words,

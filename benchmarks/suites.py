@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from benchmarks.peers import DIRECT, FLEECENBD, NBDKIT, QEMU, QEMU_NBD, Server
 from benchmarks.rows import ONE_PROCESS, TEN_PROCESSES, WITH_TRIM, WITHOUT_TRIM
 from benchmarks.work import Place
 
-Start = Callable[..., contextlib.AbstractContextManager[Server]]
+Start = Callable[[Place], contextlib.AbstractContextManager[Server]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Subject:
     """Somebody to be measured."""
 
     name: str
-    start: Callable[[Place], contextlib.AbstractContextManager[Server]]
+    start: Start
     steps: tuple[Step, ...]
 
 
@@ -50,22 +50,27 @@ class Suite:
 
 
 def _on_image(
-    start: Start, **options: bool
-) -> Callable[[Place], contextlib.AbstractContextManager[Server]]:
+    start: Callable[..., contextlib.AbstractContextManager[Server]], **options: bool
+) -> Start:
     """A server on the place's image."""
     return lambda place: start(place.folder, place.image, **options)
 
 
-def _on_large(
-    start: Start, **options: object
-) -> Callable[[Place], contextlib.AbstractContextManager[Server]]:
+def _ours(*, session: bool = True, tcp: bool = False) -> Start:
+    """fleecenbd on the place's image."""
+    return lambda place: peers.fleecenbd(
+        place.folder, place.image, session=session, tcp=tcp, checkout=place.checkout
+    )
+
+
+def _on_large(start: Start) -> Start:
     """A server on a disk of 1 TiB that is one hole."""
 
     @contextlib.contextmanager
     def starting(place: Place) -> Iterator[Server]:
         with _files(place, "large", 1) as (image,):
             images.make_sparse(image, work.LARGE_SIZE)
-            with start(place.folder, image, **options) as server:
+            with start(replace(place, image=image)) as server:
                 yield server
 
     return starting
@@ -73,7 +78,10 @@ def _on_large(
 
 @contextlib.contextmanager
 def _ten_in_one(place: Place) -> Iterator[Server]:
-    with _ten_images(place) as disks, peers.fleecenbd(place.folder, *disks) as server:
+    with (
+        _ten_images(place) as disks,
+        peers.fleecenbd(place.folder, *disks, checkout=place.checkout) as server,
+    ):
         yield server
 
 
@@ -84,7 +92,9 @@ def _one_in_each(place: Place) -> Iterator[Server]:
         for disk in disks:
             folder = place.folder / disk.stem
             folder.mkdir(exist_ok=True)
-            servers.append(stack.enter_context(peers.fleecenbd(folder, disk)))
+            servers.append(
+                stack.enter_context(peers.fleecenbd(folder, disk, checkout=place.checkout))
+            )
         yield Server(
             tuple(server.guest for server in servers),
             tuple(server.fleece for server in servers),
@@ -154,7 +164,7 @@ _LARGE = (Step(("start",), work.first_reply), Step(("memory",), work.memory))
 def _guests(tcp: bool, steps: tuple[Step, ...]) -> tuple[Subject, ...]:
     """The servers of a guest's disk, without a session."""
     return (
-        Subject(FLEECENBD, _on_image(peers.fleecenbd, session=False, tcp=tcp), steps),
+        Subject(FLEECENBD, _ours(session=False, tcp=tcp), steps),
         Subject(QEMU_NBD, _on_image(peers.qemu_nbd, tcp=tcp), steps),
         Subject(NBDKIT, _on_image(peers.nbdkit_file, tcp=tcp), steps),
     )
@@ -171,7 +181,7 @@ SUITES: tuple[Suite, ...] = (
     Suite(
         "fleecing",
         (
-            Subject(FLEECENBD, _on_image(peers.fleecenbd), _FLEECING),
+            Subject(FLEECENBD, _ours(), _FLEECING),
             Subject(QEMU, _on_image(peers.qemu_fleecing), _FLEECING),
             Subject(NBDKIT, _on_image(peers.nbdkit_file), (_PULL,)),
         ),
@@ -180,7 +190,7 @@ SUITES: tuple[Suite, ...] = (
     Suite(
         "latency",
         (
-            Subject(FLEECENBD, _on_image(peers.fleecenbd), (Step(("p99", "pull"), work.latency),)),
+            Subject(FLEECENBD, _ours(), (Step(("p99", "pull"), work.latency),)),
             Subject(QEMU, _on_image(peers.qemu_fleecing), (Step(("p99", "pull"), work.latency),)),
         ),
     ),
@@ -189,7 +199,7 @@ SUITES: tuple[Suite, ...] = (
         tuple(
             Subject(
                 name,
-                _on_image(peers.fleecenbd),
+                _ours(),
                 (Step(("temp-peak", "pull"), partial(work.storm, release)),),
             )
             for name, release in ((WITH_TRIM, True), (WITHOUT_TRIM, False))
@@ -205,14 +215,14 @@ SUITES: tuple[Suite, ...] = (
     Suite(
         "1 TiB",
         (
-            Subject(FLEECENBD, _on_large(peers.fleecenbd), _LARGE),
-            Subject(QEMU, _on_large(peers.qemu_fleecing), _LARGE),
+            Subject(FLEECENBD, _on_large(_ours()), _LARGE),
+            Subject(QEMU, _on_large(_on_image(peers.qemu_fleecing)), _LARGE),
         ),
     ),
     Suite(
         "disk fleecing",
         (
-            Subject(FLEECENBD, _on_image(peers.fleecenbd), _DISK_FLEECING),
+            Subject(FLEECENBD, _ours(), _DISK_FLEECING),
             Subject(QEMU, _on_image(peers.qemu_fleecing), _DISK_FLEECING),
             Subject(NBDKIT, _on_image(peers.nbdkit_file), _DISK_FLEECING[:2]),
         ),
@@ -222,7 +232,7 @@ SUITES: tuple[Suite, ...] = (
     Suite(
         "tcp fleecing",
         (
-            Subject(FLEECENBD, _on_image(peers.fleecenbd, tcp=True), (_PULL,)),
+            Subject(FLEECENBD, _ours(tcp=True), (_PULL,)),
             Subject(QEMU, _on_image(peers.qemu_fleecing, tcp=True), (_PULL,)),
             Subject(NBDKIT, _on_image(peers.nbdkit_file, tcp=True), (_PULL,)),
         ),

@@ -27,6 +27,8 @@ class Place:
     size: int
     limit_s: float
     """Seconds that one call of fio may take, and that those take that go by time."""
+    checkout: Path | None = None
+    """Whose fleecenbd is run; None: the one that is installed."""
 
 
 def pull(metric: str, server: Server, place: Place) -> dict[str, float]:
