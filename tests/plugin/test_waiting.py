@@ -1,0 +1,76 @@
+"""A guest's write that waits keeps one of nbdkit's threads; a backup's TRIM lets it go on."""
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbd
+import pytest
+
+from tests.behind_nbdkit import ROOT, behind_nbdkit
+from tests.serving import START_TIMEOUT_S, Serving, connected
+
+GATED = Path(__file__).with_name("gated.py")
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """Where the FIFO will be, from the test's own moment on."""
+    return tmp_path / "gate"
+
+
+@pytest.fixture
+def one_thread(
+    tmp_path: Path, disk: Path, gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Serving]:
+    """nbdkit with one thread for each connection, and copies that wait."""
+    monkeypatch.setattr("tests.behind_nbdkit.PLUGIN", GATED)
+    with behind_nbdkit(
+        *(tmp_path, disk, "--begin", "n"),
+        options=["-t", "1"],
+        environment={"GATE": str(gate), "PYTHONPATH": str(ROOT)},
+    ) as server:
+        yield server
+
+
+def _held(gate: Path, guest: nbd.NBD) -> int:
+    """The FIFO, open for writing once the copy has it open for reading: now the copy hangs."""
+    end = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            return os.open(gate, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO or time.monotonic() > end:
+                raise
+            guest.poll(20)
+
+
+def test_a_trim_lets_a_waiting_write_and_what_stands_behind_it_go_on(
+    one_thread: Serving, gate: Path, tmp_path: Path
+) -> None:
+    before = (tmp_path / "before.raw").read_bytes()
+    with (
+        connected(one_thread.uri("vm")) as guest,
+        connected(one_thread.uri("vm@n")) as backup,
+    ):
+        os.mkfifo(gate)
+        new = bytearray(b"n" * 4096)
+        write = guest.aio_pwrite(nbd.Buffer.from_bytearray(new), 0)
+        read = guest.aio_pread(nbd.Buffer(4096), 65536)
+        hold = _held(gate, guest)
+        gate.unlink()
+        try:
+            # Another connection has a thread of its own, and this range waits for nothing.
+            assert bytes(backup.pread(4096, 65536)) == before[65536 : 65536 + 4096]
+            guest.poll(0)
+            assert not guest.aio_command_completed(write)
+            assert not guest.aio_command_completed(read), "it has overtaken in the only thread"
+            backup.trim(4096, 0)
+            for cookie in (write, read):
+                while not guest.aio_command_completed(cookie):
+                    assert guest.poll(60_000) == 1, "it still waits"
+            assert bytes(guest.pread(4096, 0)) == new
+        finally:
+            os.close(hold)
