@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fleecenbd
+from tests.behind_nbdkit import behind_nbdkit
 from tests.disks import MIB, make_disk
 from tests.serving import COMMAND_TIMEOUT_S, connected, serving, try_run
 
@@ -114,3 +115,25 @@ def test_the_source_archive_holds_the_whole_checkout_and_its_tests_run(
     assert _files(folder) - _files(tree) == {"PKG-INFO", "setup.cfg"}
     some = ["tests/test_house.py", "tests/nbd/test_wire.py", "tests/nbd/test_protocol_table.py"]
     _run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *some, cwd=folder)
+
+
+def test_the_installed_plugin_serves_a_disk_and_a_session_behind_nbdkit(
+    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = installed.parent / "share" / "fleecenbd" / "fleece.py"
+    monkeypatch.setattr("tests.behind_nbdkit.PLUGIN", plugin)
+    monkeypatch.setattr("tests.behind_nbdkit.ENVIRONMENT", {})
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    disk = make_disk(tmp_path / "vm.raw", MIB)
+    before = disk.read_bytes()
+    with (
+        behind_nbdkit(tmp_path, disk, "--begin", "nightly") as server,
+        connected(server.uri("vm")) as guest,
+        connected(server.uri("vm@nightly")) as backup,
+    ):
+        guest.pwrite(b"\x55" * MIB, 0)
+        assert backup.pread(MIB, 0) == before
+        # It is the installed code that serves, with the libraries that were installed with it.
+        maps = Path(f"/proc/{server.pid}/maps").read_text()
+        assert f"{installed.parent}/lib/" in maps
+        assert ".venv" not in maps
