@@ -9,8 +9,9 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.serving import COMMAND_TIMEOUT_S, STOP_TIMEOUT_S
@@ -95,8 +96,7 @@ class Embedded:
             assert RUNNING in "".join(said), self._told("".join(said))
             yield
         finally:
-            process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=STOP_TIMEOUT_S)
+            _end(process)
 
     def _told(self, said: str) -> str:
         logs = [path.read_text() for path in self._root.rglob("*.log")]
@@ -115,6 +115,16 @@ class Embedded:
             "XDG_RUNTIME_DIR": home,
             "LIBVIRT_DRIVER_DIR": str(self._drivers),
         }
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ask virt-qemu-run to end, with its guest, until it does: it may miss an early signal."""
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while process.poll() is None:
+        assert time.monotonic() < deadline, "virt-qemu-run does not end"
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(2.0)
 
 
 @contextmanager

@@ -1,0 +1,215 @@
+"""The units of examples/systemd: sound by systemd's own checks, and their command run on sockets.
+
+systemd itself does not run here: systemd-socket-activate makes the sockets that the socket units
+ask for, and then the unit's own ExecStart= runs, with the words that systemd would give it.
+"""
+
+import re
+import select
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fleecenbd.server.server import CLOSE_DEADLINE_S, STOP_DEADLINE_S
+from tests.disks import MIB, copy_disk, first_difference, make_disk
+from tests.examples.conftest import EXAMPLES
+from tests.examples.units import PROGRAM, UnitServer, command, setting, settings, variables
+from tests.serving import COMMAND_TIMEOUT_S, FLEECENBD, run, try_run
+
+FOLDER = EXAMPLES / "systemd"
+SERVICE = FOLDER / "fleecenbd@.service"
+GUEST = FOLDER / "fleecenbd@.socket"
+BACKUP = FOLDER / "fleecenbd-backup@.socket"
+UNITS = [SERVICE, GUEST, BACKUP]
+CONF = FOLDER / "web.conf"
+DROP_IN = FOLDER / "web-lvm.conf"
+USERS = FOLDER / "sysusers.conf"
+
+INSTANCE = "web"
+EXPOSURE_MAX = 1.5
+"""Of 10, by systemd-analyze security: what is left is what the server needs (see the unit)."""
+
+TOOLS = ("systemd-analyze", "systemd-socket-activate", "systemd-sysusers", "qemu-io", "nbdcopy")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _every_tool_is_there() -> None:
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    assert not missing, f"missing: {', '.join(missing)} (make tools installs them)"
+
+
+def _installed(folder: Path) -> list[Path]:
+    """The units for the instance `web`, with a program that is there."""
+    for unit in UNITS:
+        text = unit.read_text()
+        assert text.count(PROGRAM) == (unit == SERVICE)
+        (folder / unit.name).write_text(text.replace(PROGRAM, str(FLEECENBD)))
+    drop_ins = folder / f"fleecenbd@{INSTANCE}.service.d"
+    drop_ins.mkdir()
+    shutil.copy(DROP_IN, drop_ins / "lvm.conf")
+    return [folder / unit.name.replace("@", f"@{INSTANCE}") for unit in UNITS]
+
+
+def test_systemd_finds_no_fault_in_the_units(tmp_path: Path) -> None:
+    result = try_run("systemd-analyze", "verify", "--man=no", *_installed(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("unit", [*UNITS, DROP_IN])
+def test_a_fault_would_be_found(unit: Path, tmp_path: Path) -> None:
+    installed = _installed(tmp_path)
+    path = next(tmp_path.rglob("lvm.conf")) if unit == DROP_IN else tmp_path / unit.name
+    path.write_text(
+        re.sub(r"(?m)^\[(Service|Socket)\]$", r"[\1]\nNoSuchThing=yes", path.read_text())
+    )
+    assert "NoSuchThing" in try_run("systemd-analyze", "verify", "--man=no", *installed).stderr
+
+
+def test_the_service_is_locked_up() -> None:
+    result = try_run(
+        *("systemd-analyze", "security", "--no-pager", "--offline=true"),
+        *(f"--threshold={round(EXPOSURE_MAX * 10)}", SERVICE),
+    )
+    score = re.search(r"Overall exposure level.*: ([0-9.]+) ", result.stdout)
+    assert score, result.stdout + result.stderr
+    print(f"\nexposure: {score[1]}")
+    assert result.returncode == 0, result.stdout
+
+
+def test_stopping_is_given_the_time_that_the_server_takes() -> None:
+    longest_s = 2 * STOP_DEADLINE_S + 2 * CLOSE_DEADLINE_S
+    assert float(setting(SERVICE, INSTANCE, "TimeoutStopSec")) >= longest_s + 10
+
+
+def test_no_reload_is_pretended() -> None:
+    assert not [key for key in settings(SERVICE, INSTANCE) if "Reload" in key]
+
+
+def test_the_user_is_made(tmp_path: Path) -> None:
+    user = setting(SERVICE, INSTANCE, "User")
+    (tmp_path / "etc").mkdir()
+    run("systemd-sysusers", f"--root={tmp_path}", USERS)
+    assert f"\n{user}:" in "\n" + (tmp_path / "etc" / "passwd").read_text()
+    assert f"\n{user}:" in "\n" + (tmp_path / "etc" / "group").read_text()
+
+
+def _moved(path: str, folder: Path) -> Path:
+    """Where a test has what is in /run."""
+    assert path.startswith("/run/")
+    return folder / path.removeprefix("/run/")
+
+
+@contextmanager
+def unit_server(folder: Path) -> Iterator[UnitServer]:
+    """The sockets that the units ask for, and nobody on them yet."""
+    sockets = {
+        setting(unit, INSTANCE, "FileDescriptorName"): _moved(
+            setting(unit, INSTANCE, "ListenStream"), folder
+        )
+        for unit in (GUEST, BACKUP)
+    }
+    server = UnitServer(folder, sockets, folder / "state")
+    try:
+        yield server
+        if server.pid:
+            assert server.end_by(signal.SIGTERM) == 0, server.log.read_text()
+        assert "Traceback" not in server.log.read_text()
+    finally:
+        server.close()
+
+
+def _words(folder: Path, disk: Path, **more: str) -> list[str]:
+    """ExecStart= with the variables of the unit, of web.conf (with another image), and more."""
+    (plain,) = settings(SERVICE, INSTANCE)["Environment"]
+    environment = dict(pair.split("=", 1) for pair in plain.split())
+    conf, session = settings(SERVICE, INSTANCE)["EnvironmentFile"]
+    assert conf == f"/etc/fleecenbd/{INSTANCE}.conf"
+    environment |= variables(CONF.read_text())
+    environment["DISKS"] = re.sub("=.*", f"={disk}", environment["DISKS"])
+    written = _moved(session.removeprefix("-"), folder)
+    if written.exists():
+        environment |= variables(written.read_text())
+    return command(setting(SERVICE, INSTANCE, "ExecStart"), {**environment, **more})
+
+
+def test_a_guest_sees_all_and_a_backup_fleecing_exports_only(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "web.raw", 4 * MIB)
+    with unit_server(tmp_path) as server:
+        server.start_with(_words(tmp_path, disk, SESSION="--begin nightly"))
+        for name, exports in {"guest": {"vda", "vda@nightly"}, "backup": {"vda@nightly"}}.items():
+            path = _moved(f"/run/fleecenbd/{INSTANCE}/{name}.sock", tmp_path)
+            listed = run("nbdinfo", "--list", f"nbd+unix://?socket={path}")
+            assert set(re.findall('export="(.*)"', listed)) == exports
+        assert (tmp_path / "state").is_dir(), "the temp image is somewhere else"
+
+
+class QemuIo:
+    """qemu-io, told what to do line by line: a guest as far as reconnecting goes."""
+
+    def __init__(self, image: str) -> None:
+        self.process = subprocess.Popen(
+            ["qemu-io", "--image-opts", image],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+        )
+
+    def ask(self, line: str) -> None:
+        """Have it do something, and go on at once."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n".encode())
+
+    def wait_for(self, words: str) -> None:
+        """Wait until it has said this."""
+        assert self.process.stdout is not None
+        said = b""
+        while words.encode() not in said:
+            readable, _, _ = select.select([self.process.stdout], [], [], COMMAND_TIMEOUT_S)
+            data = self.process.stdout.read(4096) if readable else b""
+            assert data, f"{words} was waited for in vain: {said.decode()}"
+            said += data
+
+    def close(self) -> None:
+        """Let it go by itself."""
+        self.process.communicate(b"quit\n", timeout=COMMAND_TIMEOUT_S)
+        assert self.process.returncode == 0
+
+
+def test_a_restart_begins_a_session_and_the_guest_only_waits(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "web.raw", 4 * MIB)
+    folder = tmp_path / "fleecenbd" / INSTANCE
+    with unit_server(tmp_path) as server:
+        server.start_with(_words(tmp_path, disk))
+        guest = QemuIo(
+            "driver=nbd,server.type=unix,export=vda,reconnect-delay=60,"
+            f"server.path={folder / 'guest.sock'}"
+        )
+        guest.ask("write -P 7 0 1M")
+        guest.wait_for("wrote 1048576/1048576")
+        assert server.end_by(signal.SIGTERM) == 0, server.log.read_text()
+        before = copy_disk(disk, tmp_path / "before.raw")
+        guest.ask("write -P 9 512k 1M")
+        (folder / "session.conf").write_text('SESSION="--begin nightly"\n')
+        server.start_with(_words(tmp_path, disk))
+        guest.wait_for("wrote 1048576/1048576")
+        backup = tmp_path / "backup.raw"
+        run("nbdcopy", f"nbd+unix:///vda@nightly?socket={folder / 'backup.sock'}", backup)
+        guest.close()
+    assert first_difference(before, backup) is None
+    assert first_difference(disk, backup) is not None
+
+
+def test_sockets_in_the_options_are_refused(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "web.raw", 4 * MIB)
+    with unit_server(tmp_path) as server:
+        words = _words(tmp_path, disk, OPTIONS=f"-U {tmp_path}/own.sock")
+        with pytest.raises(AssertionError, match="ended before it was ready"):
+            server.start_with(words)
+        assert "--unix cannot be given under socket activation" in server.log.read_text()
