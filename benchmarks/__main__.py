@@ -45,6 +45,9 @@ def main(words: list[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("bench: interrupted; nothing was written", file=sys.stderr)
+        return 130
     results = [Result(**row) for row in document["rows"]]
     print(f"\n{report.origin(document)}\n\n{report.table(rows, results)}")
     if warning := machine.warning(document["busy cores"]):

@@ -35,6 +35,9 @@ def main(words: list[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"bench-scale: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("bench-scale: interrupted; nothing was written", file=sys.stderr)
+        return 130
     text = page(document)
     print(text)
     if warning := machine.warning(document["busy cores"]):

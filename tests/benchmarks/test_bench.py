@@ -4,14 +4,17 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import __main__ as bench
 from benchmarks.__main__ import chosen, main
-from benchmarks.peers import FLEECENBD, QEMU
+from benchmarks.peers import FLEECENBD, QEMU, Server
 from benchmarks.ratios import ERROR, SHORT
+from benchmarks.suites import SUITES, Step
+from benchmarks.work import Place
 
 SMALL = ("--size", "8", "--rounds", "2", "--limit", "2")
 
@@ -103,3 +106,27 @@ def test_a_folder_that_is_not_there_is_an_error_in_one_line(
 ) -> None:
     assert main(["--rows", "start", "--folder", str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err.endswith("none is no folder: name another\n")
+
+
+def test_an_interrupted_run_stops_its_servers_and_leaves_no_file(
+    memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sockets = tmp_path / "sockets"
+    sockets.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(sockets))
+    pids = []
+
+    def interrupted(server: Server, place: Place) -> dict[str, float]:
+        pids.extend(server.pids)
+        raise KeyboardInterrupt
+
+    (subject,) = (each for each in SUITES[0].subjects if each.name == FLEECENBD)
+    subject = replace(subject, steps=(Step(("read-16",), interrupted),))
+    monkeypatch.setattr(bench, "SUITES", (replace(SUITES[0], subjects=(subject,)),))
+    output = tmp_path / "output"
+    words = ("--folder", str(memory), "--output", str(output), "--rows", "qemu-read-16-qemu-nbd")
+    assert main([*SMALL, *words]) == 130
+    assert len(pids) == 1
+    assert not Path(f"/proc/{pids[0]}").exists()
+    assert [*memory.iterdir(), *sockets.iterdir()] == []
+    assert not output.exists()
