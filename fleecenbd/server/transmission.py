@@ -304,10 +304,8 @@ class Transmission:
     def _log_failure(self, request: Request, number: int | None, text: str) -> None:
         """The first ones of a connection: clients seldom show the text that they are sent."""
         self._failures += 1
-        if self._failures > FAILURES_LOGGED or number == errno.ENOTSUP:
-            level = logging.DEBUG
-        else:
-            level = logging.WARNING if self.export.is_guest else logging.INFO
+        quiet = self._failures > FAILURES_LOGGED or number == errno.ENOTSUP
+        level = logging.DEBUG if quiet else logging.WARNING
         if not logger.isEnabledFor(level):
             return
         command = request[1]

@@ -33,10 +33,10 @@ async def test_a_guests_failed_requests_are_logged_with_their_cause_and_not_with
     assert "further ones are not logged" in last
 
 
-async def test_a_backups_refused_read_is_logged_with_the_reason(
+async def test_a_backups_refused_read_is_logged_with_the_reason_under_run_too(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.WARNING)
     async with room(session="n") as served:
         backup = await served.client("vda@n")
         assert (await backup.ask(wire.TRIM, 0, 4096)).error == 0
