@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,19 @@ def test_dump_plugin_does_not_crash_where_nothing_can_be_written() -> None:
             list(map(str, _nbdkit("python", PLUGIN, "--dump-plugin"))), stdout=full, check=False
         )
     assert ended.returncode >= 0
+
+
+def test_where_fleecenbd_is_not_installed_it_is_told_for_which_python(tmp_path: Path) -> None:
+    alone = tmp_path / "share" / "fleecenbd" / "fleece.py"
+    alone.parent.mkdir(parents=True)
+    shutil.copy(PLUGIN, alone)
+    # Python itself looks for an environment by the first python3 on its path.
+    elsewhere = ("env", "-u", "VIRTUAL_ENV", "PATH=/usr/sbin:/usr/bin:/bin")
+    result = try_run(*elsewhere, "nbdkit", "python", alone, "--dump-plugin")
+    assert result.returncode != 0
+    assert "not installed for the Python that nbdkit embeds" in result.stderr
+    assert str(tmp_path / "lib") in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_missing_image_is_named(disk: Path) -> None:

@@ -3,7 +3,9 @@
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import nbd
@@ -22,17 +24,17 @@ def gate(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def one_thread(
+def gated(
     tmp_path: Path, disk: Path, gate: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Serving]:
-    """nbdkit with one thread for each connection, and copies that wait."""
+) -> Callable[..., AbstractContextManager[Serving]]:
+    """Starts nbdkit with one thread for each connection, and copies that wait."""
     monkeypatch.setattr("tests.behind_nbdkit.PLUGIN", GATED)
-    with behind_nbdkit(
-        *(tmp_path, disk, "--begin", "n"),
+    environment = {"GATE": str(gate), "PYTHONPATH": str(ROOT)}
+    return partial(
+        *(behind_nbdkit, tmp_path, disk, "--begin", "n"),
         options=["-t", "1"],
-        environment={"GATE": str(gate), "PYTHONPATH": str(ROOT)},
-    ) as server:
-        yield server
+        environment=environment,
+    )
 
 
 def _held(gate: Path, guest: nbd.NBD) -> int:
@@ -53,12 +55,13 @@ def _await(client: nbd.NBD, cookie: int) -> None:
 
 
 def test_a_trim_lets_a_waiting_write_and_what_stands_behind_it_go_on(
-    one_thread: Serving, gate: Path, tmp_path: Path
+    gated: Callable[..., AbstractContextManager[Serving]], gate: Path, tmp_path: Path
 ) -> None:
     before = (tmp_path / "before.raw").read_bytes()
     with (
-        connected(one_thread.uri("vm")) as guest,
-        connected(one_thread.uri("vm@n")) as backup,
+        gated() as server,
+        connected(server.uri("vm")) as guest,
+        connected(server.uri("vm@n")) as backup,
     ):
         os.mkfifo(gate)
         new = bytearray(b"n" * 4096)
@@ -81,3 +84,19 @@ def test_a_trim_lets_a_waiting_write_and_what_stands_behind_it_go_on(
             os.close(hold)
         _await(backup, trim)
         assert bytes(guest.pread(4096, 0)) == new
+
+
+def test_a_temp_image_that_hangs_at_the_end_is_told_and_the_process_ends_all_the_same(
+    gated: Callable[..., AbstractContextManager[Serving]], gate: Path
+) -> None:
+    with gated("--cbw-timeout", "0.2", status=1) as server:
+        with connected(server.uri("vm")) as guest:
+            os.mkfifo(gate)
+            write = guest.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"n" * 4096)), 0)
+            hold = _held(gate, guest)
+            gate.unlink()
+            _await(guest, write)  # the session has broken instead
+        assert server.stop() == 1
+        os.close(hold)
+    assert "vm@n broke" in server.messages()
+    assert "calls that hang" in server.messages()
