@@ -95,7 +95,9 @@ mount_folder() {
     done <"$1/outside-folders"
 }
 
-# enter ROOT FOLDER COMMAND...: inside of `alone`, become COMMAND, in ROOT, in its FOLDER.
+# enter ROOT FOLDER COMMAND...: inside of `alone`, run COMMAND in ROOT, in its FOLDER, and exit as
+# it does. The shell stays the namespace's first process: orphans become its children, and are
+# zombies for ever (to libvirt a QEMU that does not die) unless it waits for them, as a shell does.
 enter() {
     cd "$1" || fail "$1 is not there"
     shift
@@ -110,5 +112,5 @@ enter() {
     # Not only chroot: in one, the root is no mount point, and user namespaces are refused.
     mkdir -p outside
     pivot_root . outside
-    exec sh -c 'umount -l /outside && cd "$1" && shift && exec "$@"' sh "$@"
+    exec sh -c 'umount -l /outside && cd "$1" || exit; shift; "$@"; exit "$?"' sh "$@"
 }
