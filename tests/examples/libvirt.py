@@ -5,19 +5,18 @@ for the user libvirt-qemu, who is made by packages that start a daemon; so it ru
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.serving import COMMAND_TIMEOUT_S, STOP_TIMEOUT_S
-
 LIBVIRT_FILES = Path(__file__).parents[2] / "scripts" / "libvirt-files.sh"
 DOWNLOAD_TIMEOUT_S = 600.0
+END_TIMEOUT_S = 15.0
 NOBODY = 65534
 
 RUNNING = "guest running"
@@ -49,43 +48,45 @@ class Embedded:
         shutil.copytree(found, self._drivers)
         self._run = folder / "virt-qemu-run"
         shutil.copy(files / "usr" / "bin" / "virt-qemu-run", self._run)
-        self._root = folder / "root"
-        (self._root / "etc").mkdir(parents=True)
-        # By default a daemon, virtlogd, writes what QEMU says.
-        (self._root / "etc" / "qemu.conf").write_text('stdio_handler = "file"\n')
+        self._roots = 0
         for path in (folder, *folder.rglob("*")):
-            if os.geteuid() == 0:
-                os.chown(path, NOBODY, NOBODY)
+            _give_away(path)
+
+    def _new_root(self) -> Path:
+        """A folder for libvirt's files; its own each time, as one that was killed leaves some."""
+        self._roots += 1
+        root = self.folder / f"root{self._roots}"
+        (root / "etc").mkdir(parents=True)
+        # By default a daemon, virtlogd, writes what QEMU says.
+        (root / "etc" / "qemu.conf").write_text('stdio_handler = "file"\n')
+        for path in (root, *root.rglob("*")):
+            _give_away(path)
+        return root
 
     def qemu_arguments(self, domain: Path) -> list[str]:
         """QEMU's command line for a domain's XML, its words as libvirt quotes them."""
-        uri = f"qemu:///embed?root={self._root}"
-        result = subprocess.run(
-            [
-                *(*self._as_nobody(), "virsh", "--quiet", "--connect", uri),
-                *("domxml-to-native", "qemu-argv", str(domain)),
-            ],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env=self._environment(),
-            timeout=COMMAND_TIMEOUT_S,
-            check=False,
+        uri = f"qemu:///embed?root={self._new_root()}"
+        # A line is out when it is printed, whatever becomes of the end: see _end().
+        process = self._start(
+            *("stdbuf", "-oL", "virsh", "--quiet", "--connect", uri),
+            *("domxml-to-native", "qemu-argv", str(domain)),
         )
-        assert result.returncode == 0, result.stderr
-        return result.stdout.split()
+        assert process.stdout is not None
+        try:
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if "qemu-system" in line:
+                    return line.split()
+            raise AssertionError("".join(said))
+        finally:
+            _end(process)
 
     @contextmanager
     def running(self, domain: Path) -> Iterator[None]:
         """A guest that libvirt has started; ended at the end."""
-        process = subprocess.Popen(
-            [*self._as_nobody(), str(self._run), "-v", f"--root={self._root}", str(domain)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=self._environment(),
-        )
+        root = self._new_root()
+        process = self._start(str(self._run), "-v", f"--root={root}", str(domain))
         assert process.stdout is not None
         said = []
         try:
@@ -93,14 +94,21 @@ class Embedded:
                 said.append(line)
                 if RUNNING in line:
                     break
-            assert RUNNING in "".join(said), self._told("".join(said))
+            assert RUNNING in "".join(said), _told(root, "".join(said))
             yield
         finally:
             _end(process)
+            _kill_qemu(root, domain)
 
-    def _told(self, said: str) -> str:
-        logs = [path.read_text() for path in self._root.rglob("*.log")]
-        return "\n".join([said, *logs])
+    def _start(self, *command: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*self._as_nobody(), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=self._environment(),
+        )
 
     def _as_nobody(self) -> list[str]:
         if os.geteuid() != 0:
@@ -117,14 +125,34 @@ class Embedded:
         }
 
 
+def _give_away(path: Path) -> None:
+    if os.geteuid() == 0:
+        os.chown(path, NOBODY, NOBODY)
+
+
+def _told(root: Path, said: str) -> str:
+    return "\n".join([said, *(path.read_text() for path in root.rglob("*.log"))])
+
+
+def _kill_qemu(root: Path, domain: Path) -> None:
+    """End what was left running: its file goes with it otherwise."""
+    name = re.search("<name>(.*)</name>", domain.read_text())
+    assert name, domain
+    with suppress(FileNotFoundError, ProcessLookupError):
+        pid = int((root / "run" / "qemu" / f"{name[1]}.pid").read_text())
+        os.kill(pid, signal.SIGKILL)
+
+
 def _end(process: subprocess.Popen[str]) -> None:
-    """Ask virt-qemu-run to end, with its guest, until it does: it may miss an early signal."""
-    deadline = time.monotonic() + STOP_TIMEOUT_S
-    while process.poll() is None:
-        assert time.monotonic() < deadline, "virt-qemu-run does not end"
-        process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(2.0)
+    """End virsh or virt-qemu-run, their work being done; by force, for 11.3 hangs now and then."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 @contextmanager
