@@ -24,6 +24,13 @@ RENAMED = {"begin": "session"}
 ENVIRONMENT = {"VIRTUAL_ENV": sys.prefix}
 
 
+def nbdkit_version() -> tuple[int, int]:
+    """Major and minor."""
+    told = subprocess.run(["nbdkit", "--dump-config"], capture_output=True, text=True, check=True)
+    config = dict(line.split("=", 1) for line in told.stdout.splitlines())
+    return int(config["version_major"]), int(config["version_minor"])
+
+
 def parameters(*arguments: str | Path) -> list[str]:
     """The plugin's parameters for arguments of `serve`: they have the same names."""
     found = []

@@ -12,6 +12,7 @@ from tests.interop.conftest import (
     META_CONTEXTS,
     OVERWRITTEN,
     Fleeced,
+    clients_vanish,
     extents,
     not_behind_nbdkit,
 )
@@ -210,6 +211,7 @@ def test_many_requests_in_flight_are_all_answered(fleeced: Fleeced) -> None:
     assert answers == {offset: before[offset : offset + 4096] for offset in buffers}
 
 
+@clients_vanish
 def test_a_client_that_vanishes_in_the_middle_leaves_the_disk_to_the_next(
     fleeced: Fleeced,
 ) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.disks import GIB, KIB, MIB, copy_disk, first_difference, make_disk
-from tests.interop.conftest import Fleeced, Serve, overwrite
+from tests.interop.conftest import Fleeced, Serve, clients_vanish, overwrite
 from tests.serving import FLEECENBD, connected, run, try_run
 
 SIZES = {
@@ -69,6 +69,7 @@ def test_two_pulls_one_after_the_other_are_the_same_while_the_guest_goes_on(
     assert first_difference(fleeced.before, tmp_path / "second.raw") is None
 
 
+@clients_vanish
 def test_after_a_trim_a_pull_of_the_whole_export_fails(fleeced: Fleeced, tmp_path: Path) -> None:
     with connected(fleeced.backup) as backup:
         backup.trim(64 * KIB, 3 * MIB)

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 from tests.disks import KIB, MIB, first_difference
-from tests.interop.conftest import Fleeced
+from tests.interop.conftest import Fleeced, clients_vanish
 from tests.serving import run, try_run
 
 
@@ -35,6 +35,7 @@ def test_compare_finds_the_backup_identical_and_the_guest_disk_different(fleeced
         assert result.returncode == status, result.stdout + result.stderr
 
 
+@clients_vanish
 def test_after_a_trim_convert_fails_and_the_rest_still_reads_right(
     fleeced: Fleeced, tmp_path: Path
 ) -> None:
