@@ -144,7 +144,11 @@ def _kill_qemu(root: Path, domain: Path) -> None:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End virsh or virt-qemu-run, their work being done; by force, for 11.3 hangs now and then."""
+    """End virsh or virt-qemu-run, their work being done; by force, if need be.
+
+    Where the first process reaps no orphans, as a test runner in a container, libvirt waits for a
+    QEMU that it has killed.
+    """
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(END_TIMEOUT_S)
