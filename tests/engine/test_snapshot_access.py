@@ -173,6 +173,16 @@ def test_a_map_that_an_end_overtakes_in_any_turn_of_the_loop_fails(turns: int) -
 
 
 @simulated
+async def test_a_read_in_one_step_hands_on_what_the_device_gave() -> None:
+    scene = Scene(8)
+    fleece = await scene.arm()
+    await scene.write(5)  # held in the temp image, past the end of the read
+    given = bytearray(scene.old(2, 2))
+    scene.active.pread_now = lambda offset, length: given  # type: ignore[method-assign]
+    assert fleece.read_now(2 * CLUSTER, 2 * CLUSTER) is given
+
+
+@simulated
 async def test_a_read_of_one_run_hands_on_what_the_device_gave() -> None:
     scene = Scene(8)
     fleece = await scene.arm()
