@@ -4,8 +4,8 @@
                  fail does so while the user's terminal is there. No thread, no loop is left.
     after_fork   the loop's thread starts, for threads do not outlive the fork
     ...          nbdkit serves
-    cleanup      no callback will come any more: the session ends, images are synced, locks are let go,
-                 the thread ends
+    cleanup      no callback will come any more: the session ends, images are synced, locks are
+                 let go, the thread ends
 
 Between get_ready and after_fork nobody can write to the disks, so that the session holds what it
 would hold had it been armed last.
