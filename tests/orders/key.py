@@ -197,8 +197,6 @@ class _Seer:
             return getattr(value, "__name__", name)
         if isinstance(value, BaseException):
             return name, self.see(value.args), str(value)
-        if isinstance(value, GuestRead):
-            return name, value.offset, hash(value.data), value.device_failed
         names = _attributes(kind)
         attributes = getattr(value, "__dict__", None)
         if names or attributes is not None:
@@ -261,6 +259,15 @@ class _Seer:
             request.device_failed,
             request.held_before_s,
         )
+
+    def read(self, seen: GuestRead) -> Any:
+        # What it must see are the writes that were replied to before it began.
+        replied = [
+            write.replied < seen.began
+            for disk in self._world.disks
+            for write in _in_order(disk.history.writes)
+        ]
+        return "read", seen.kind, seen.offset, seen.device_failed, tuple(replied)
 
     def client(self, request: ClientRequest) -> Any:
         watch = request.watch.name
@@ -368,6 +375,7 @@ _HANDLERS: dict[type, Callable[[_Seer, Any], Any]] = {
     Call: _Seer.call,
     GuestRequest: _Seer.guest,
     GuestWrite: _Seer.guest,
+    GuestRead: _Seer.read,
     ClientRequest: _Seer.client,
     asyncio.Future: _Seer.future,
     asyncio.Task: _Seer.task,

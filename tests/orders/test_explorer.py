@@ -12,7 +12,7 @@ from . import __main__ as program
 from .choices import Choices, NotReplayable, following, parsed, written
 from .explorer import explore, replay, shortest
 from .planted import planted
-from .scenario import Scenario, Session, read, release, write
+from .scenario import Scenario, Session, look, read, release, write
 from .scenarios import SCENARIOS
 
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
@@ -86,6 +86,19 @@ def test_an_unpruned_exploration_finds_what_a_pruned_one_finds() -> None:
     mutant = planted("the timer does not cover the wait for frozen reads")
     pruned, all_runs = explore(scenario, mutant), explore(scenario, mutant, prune=False)
     assert pruned.violation == all_runs.violation is not None
+
+
+@pytest.mark.parametrize("first", ["r1", "g1"])
+@pytest.mark.parametrize("every_step", [False, True])
+def test_pruning_tells_a_read_before_a_reply_from_one_after_it(
+    first: str, every_step: bool
+) -> None:
+    actors = {"r1": (look(0),), "g1": (write(0),)}
+    actors = {name: actors[name] for name in sorted(actors, key=lambda name: name != first)}
+    scenario = Scenario("stale", "a stale read", actors, sessions=(), every_step=every_step)
+    result = explore(scenario, planted("a guest write is acknowledged before it has ended"))
+    assert result.violation is not None
+    assert result.violation.startswith("G")
 
 
 def test_the_order_of_two_guest_writes_shows_in_the_outcomes() -> None:

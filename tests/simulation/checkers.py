@@ -350,7 +350,7 @@ class Checkers:
         for seen in disk.reads_seen:
             why = disk.history.unexplained(seen.offset, seen.data, seen.began, seen.ended)
             if why is not None:
-                self.violation(f"G: {disk.name}: a guest's read: {why}")
+                self.violation(f"G: {disk.name}: {seen}: {why}")
 
     def _check_fleece_at_end(self, watch: FleeceWatch) -> None:
         stats = watch.fleece.stats

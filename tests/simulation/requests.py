@@ -37,16 +37,17 @@ class GuestRequest(GuestWrite):
 
 @dataclass
 class GuestRead:
-    """What a guest's read returned, for checker G."""
+    """What a guest's READ returned, or what BLOCK_STATUS called zero, for checker G."""
 
     offset: int
     data: bytes
     began: int
     ended: int = 0
     device_failed: bool = False
+    kind: str = "read"
 
     def __str__(self) -> str:
-        return f"a guest's read #{self.began}"
+        return f"a guest's {self.kind} #{self.began}"
 
 
 @dataclass(eq=False)
@@ -184,8 +185,7 @@ async def guest_read(world: World, disk: SimDisk, offset: int, length: int) -> N
 
 async def guest_status(world: World, disk: SimDisk, offset: int, length: int) -> None:
     """A guest's BLOCK_STATUS of the active image: what it calls zero must read as zeroes."""
-    began = world.tick()
-    seen = GuestRead(offset, b"", began)
+    seen = GuestRead(offset, b"", world.tick(), kind="status")
     REQUEST.set(seen)
     world.met["guest status"] += 1
     try:
@@ -199,7 +199,7 @@ async def guest_status(world: World, disk: SimDisk, offset: int, length: int) ->
     for extent_length, flags in extents:
         if flags & EXTENT_ZERO:
             world.met["zero claims to guests"] += 1
-            claim = GuestRead(position, bytes(extent_length), began, ended)
+            claim = GuestRead(position, bytes(extent_length), seen.began, ended, kind=seen.kind)
             disk.reads_seen.append(claim)
         position += extent_length
     if not offset < position <= offset + length:
