@@ -76,6 +76,8 @@ async def _request(world: OrderWorld, actor: Actor, step: Step) -> object:
         return REQUEST.get().failed  # type: ignore[union-attr]
     if step.kind == "look":
         return await requests.guest_read(world, disk, offset, length)
+    if step.kind == "survey":
+        return await requests.guest_status(world, disk, offset, length)
     watch = world.watch(step)
     assert watch is not None
     if step.kind == "read":

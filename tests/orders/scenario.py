@@ -57,6 +57,11 @@ def look(first: float, count: float = 1) -> Step:
     return Step("look", first, count)
 
 
+def survey(first: float, count: float = 1) -> Step:
+    """A guest's BLOCK_STATUS."""
+    return Step("survey", first, count)
+
+
 def read(first: float, count: float = 1, of: str = "s") -> Step:
     """A READ of a fleecing export."""
     return Step("read", first, count, of)

@@ -22,6 +22,7 @@ QUICKEST = (
     ("block status is not frozen", "stat", "T0"),
     ("block status does not look at access again", "stat_trim", "T0"),
     ("block status that has lost a part holds up nobody", "stat_part_released", "T0"),
+    ("a guest's status begins at a sector", "guest_status", "G"),
 )
 
 

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from ..scenario import CLUSTER, Scenario, discard, look, read, release, status, write, zero
+from ..scenario import (
+    CLUSTER,
+    Scenario,
+    discard,
+    look,
+    read,
+    release,
+    status,
+    survey,
+    write,
+    zero,
+)
 from .sessions import TIMED_BACKUPS_FIRST
 
 MAPPING = (
@@ -64,5 +75,14 @@ MAPPING = (
         "a guest reads while others write: what it sees is of some write",
         {"g1": (write(0),), "g2": (zero(0.0625, 0.5),), "l1": (look(0), look(0))},
         halves=True,
+    ),
+    Scenario(
+        "guest_status",
+        "a guest asks for block status from the middle of a sector on, in windows, while others "
+        "write: what it is told is zero is zero by some write, or was from the beginning",
+        {"g1": (write(0),), "g2": (zero(1),), "m1": (survey(0.0625, 2),)},
+        clusters=2,
+        zeroes=(0,),
+        limits={"STATUS_WINDOW": CLUSTER},
     ),
 )
