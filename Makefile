@@ -85,12 +85,7 @@ differential: $(if $(PEERS),,$(TOOLS))  ## scripts drawn from seeds to us and to
 	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m tests.differential $(if $(SEED),--seed $(SEED) --show,--seeds $(SEEDS))
 
 fuzz: $(FUZZER)  ## libFuzzer on the handshake, then on requests: SECONDS=N each
-	@for name in handshake requests; do \
-	    mkdir -p build/fuzz/$$name; echo "fuzzing $$name for $(SECONDS) s"; \
-	    $(PYTHON) -m tests.wire.fuzz_$$name -max_total_time=$(SECONDS) -max_len=1200 -verbosity=0 \
-	        -print_final_stats=1 -artifact_prefix=build/fuzz/$$name- \
-	        build/fuzz/$$name tests/wire/corpus/$$name || exit 1; \
-	done
+	$(PYTHON) -m tests.wire.fuzz --seconds $(SECONDS)
 
 $(FUZZER): $(READY)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check 'atheris>=3.0'
