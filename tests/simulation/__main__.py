@@ -1,4 +1,7 @@
-"""``python -m tests.simulation --seeds N``: run seeds, say what they met, fail on a violation."""
+"""``python -m tests.simulation --seeds N``: run seeds, say what they met, fail on a violation.
+
+What is printed last counts: a violation and the command that replays it, or that there is none.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import argparse
 import sys
 import time
 from collections import Counter
+
+from tests.arguments import positive
 
 from . import world
 from .expect import too_small
@@ -15,7 +20,7 @@ VIOLATIONS_SHOWN = 20
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=500, help="how many seeds to run")
+    parser.add_argument("--seeds", type=positive, default=500, help="how many seeds to run")
     parser.add_argument("--start", type=int, default=0, help="the first seed")
     parser.add_argument("--seed", type=int, help="run this seed alone")
     parser.add_argument("--trace", action="store_true", help="with --seed: print what happened")
@@ -28,13 +33,22 @@ def main(arguments: list[str] | None = None) -> int:
 def one(seed: int, *, trace: bool) -> int:
     """Run one seed; print its trace."""
     outcome = world.run(seed, tracing=trace)
-    for line in outcome.trace:
-        print(line)
     print(f"seed {seed} ({outcome.kind}): {outcome.steps} steps, {outcome.virtual_s:.3f} s")
     for what, count in sorted(outcome.met.items()):
         print(f"{count:9,}  {what}")
-    print(outcome.violation or "no violation")
-    return 1 if outcome.violation else 0
+    for line in outcome.trace:
+        print(line)
+    if outcome.violation is None:
+        print("no violation")
+        return 0
+    tell(outcome)
+    return 1
+
+
+def tell(outcome: world.Outcome) -> None:
+    """The violation, and the command that replays it; nothing is printed after them."""
+    print(f"seed {outcome.seed} ({outcome.kind}): {outcome.violation}")
+    print(f"replay: make simulate SEED={outcome.seed}", flush=True)
 
 
 def many(start: int, count: int) -> int:
@@ -44,6 +58,7 @@ def many(start: int, count: int) -> int:
     kinds: Counter[str] = Counter()
     steps = 0
     violations = 0
+    first: world.Outcome | None = None
     for seed in range(start, start + count):
         outcome = world.run(seed)
         met.update(outcome.met)
@@ -51,6 +66,7 @@ def many(start: int, count: int) -> int:
         steps += outcome.steps
         if outcome.violation is not None:
             violations += 1
+            first = first or outcome
             if violations <= VIOLATIONS_SHOWN:
                 print(f"seed {seed} ({outcome.kind}): {outcome.violation}", flush=True)
     spent_s = time.perf_counter() - began
@@ -61,8 +77,9 @@ def many(start: int, count: int) -> int:
     small = too_small(met, count)
     for line in small:
         print(f"too small: {line}")
-    if violations:
-        print(f"{violations} seeds with a violation; replay: --seed N --trace")
+    if first is not None:
+        print(f"seeds with a violation: {violations}, the first of them:")
+        tell(first)
     return 1 if violations or small else 0
 
 
