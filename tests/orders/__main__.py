@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from dataclasses import replace
 
+from tests.arguments import positive
 from tests.simulation import engine
 
 from . import planted
@@ -31,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scenario", nargs="+", metavar="NAME", help="these scenarios alone")
     parser.add_argument("--list", action="store_true", help="what scenarios there are")
     parser.add_argument("--quick", action="store_true", help="as in make test: coarser, in seconds")
-    parser.add_argument("--limit", type=int, metavar="STATES", help="states per scenario, at most")
+    parser.add_argument(
+        "--limit", type=positive, metavar="STATES", help="states per scenario, at most"
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS_MAX, help="per scenario, at most")
     parser.add_argument("--replay", metavar="CHOICES", help="the trace of one run of --scenario")
     parser.add_argument("--bug", metavar="NAME", help="with this planted bug in the engine")
@@ -59,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         if len(chosen) != 1:
             parser.error("--replay is of one --scenario")
         return show(chosen[0], options.replay, under_test)
-    return run(chosen, under_test, options.limit, options.seconds)
+    return run(chosen, under_test, options.limit, options.seconds, options.bug)
 
 
 def show(scenario: Scenario, choices: str, under_test: engine.Engine) -> int:
@@ -76,9 +80,16 @@ def show(scenario: Scenario, choices: str, under_test: engine.Engine) -> int:
 
 
 def run(
-    scenarios: list[Scenario], under_test: engine.Engine, limit: int | None, seconds: float
+    scenarios: list[Scenario],
+    under_test: engine.Engine,
+    limit: int | None,
+    seconds: float,
+    bug: str | None,
 ) -> int:
-    """Explore the scenarios, a line each; the shortest trace of what is found."""
+    """Explore the scenarios, a line each; the shortest trace of what is found.
+
+    ``bug``: the name of what is planted in the engine, for the command that replays.
+    """
     print(HEADER, flush=True)
     found = 0
     sums = [0, 0, 0, 0.0]
@@ -91,7 +102,7 @@ def run(
         sums[3] += result.spent_s
         if result.violation is not None:
             found += 1
-            tell(result, under_test)
+            tell(result, under_test, bug)
     print(f"{len(scenarios):<33}{sums[0]:9,}{sums[1]:13,}{sums[2]:9,}{'':17}{sums[3]:8.1f}")
     return 1 if found else 0
 
@@ -106,7 +117,7 @@ def line(result: Exploration) -> str:
     )
 
 
-def tell(result: Exploration, under_test: engine.Engine) -> None:
+def tell(result: Exploration, under_test: engine.Engine, bug: str | None) -> None:
     """What was found, with the shortest trace that shows a violation."""
     scenario = result.scenario
     short = shortest(scenario, under_test)
@@ -115,8 +126,16 @@ def tell(result: Exploration, under_test: engine.Engine) -> None:
     trace, _ = replay(scenario, result.choices, under_test)
     print(f"    {result.violation}")
     print(*(f"      {text}" for text in trace), sep="\n")
-    quick = "" if scenario.every_step else " --quick"
-    print(f"    replay: --scenario {scenario.name}{quick} --replay '{written(result.choices)}'")
+    print(f"    replay: {replay_command(scenario, result.choices, bug)}")
+
+
+def replay_command(scenario: Scenario, choices: list[int], bug: str | None) -> str:
+    """A line for a shell: it goes through make, and through the shell of make's own."""
+    arguments = ["--scenario", scenario.name, *([] if scenario.every_step else ["--quick"])]
+    arguments += ["--bug", bug] if bug else []
+    options = f"{shlex.join(arguments)} --replay '{written(choices)}'"
+    quoted = shlex.quote(options) if set(options) & set('"$`\\') else f'"{options}"'
+    return f"make explore ORDERS={quoted}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -149,9 +151,25 @@ def test_the_program_prints_the_trace_of_what_it_found(capsys: pytest.CaptureFix
     assert program.main(["--quick", "--scenario", "hung_frozen", "--bug", bug]) == 1
     told = capsys.readouterr().out
     assert "VIOLATION L" in told
-    replayed = told.split("--replay '")[1].split("'")[0]
-    arguments = ["--quick", "--scenario", "hung_frozen", "--replay", replayed]
-    assert program.main([*arguments, "--bug", bug]) == 1
+    arguments = pasted(told)
+    assert program.main(arguments) == 1
     assert "VIOLATION L" in capsys.readouterr().out
-    assert program.main(arguments) == 0
+    at = arguments.index("--bug")
+    assert program.main(arguments[:at] + arguments[at + 2 :]) == 0
     assert capsys.readouterr().out.endswith("no violation\n")
+
+
+@pytest.mark.parametrize("bug", [None, "two words", "a guest's status", 'quoted "so"'])
+def test_the_command_that_replays_is_one_that_a_shell_and_make_take(bug: str | None) -> None:
+    line = program.replay_command(BY_NAME["tail"], [0, 0, 0, 1], bug)
+    planted_bug = ["--bug", bug] if bug else []
+    quick = ["--scenario", "tail", "--quick"]
+    assert pasted(f"replay: {line}\n") == [*quick, *planted_bug, "--replay", "0*3.1"]
+
+
+def pasted(told: str) -> list[str]:
+    """The arguments of tests.orders when the line after ``replay:`` is given to a shell."""
+    (line,) = re.findall("replay: (.*)$", told, re.MULTILINE)
+    make, explore, orders = shlex.split(line)
+    assert (make, explore) == ("make", "explore")
+    return shlex.split(orders.removeprefix("ORDERS="))
