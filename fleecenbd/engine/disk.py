@@ -107,6 +107,10 @@ class Disk:
                     continue
                 await self._active(self.device.trim(start, run))
 
+    def flush_now(self) -> bool:
+        """Whether every write that was replied to is durable already."""
+        return self.device.flush_now()
+
     async def flush(self) -> None:
         """Return when every write that was replied to is durable."""
         await self.device.flush()

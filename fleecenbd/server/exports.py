@@ -65,6 +65,9 @@ class Export(Protocol):
     async def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
         """Zero the range."""
 
+    def flush_now(self) -> bool:
+        """Whether what was replied to is durable already."""
+
     async def flush(self) -> None:
         """Make durable what was replied to."""
 
@@ -116,6 +119,10 @@ class GuestExport:
     async def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
         """Zero the range; ENOTSUP when ``fast`` and it would not be."""
         await self.disk.write_zeroes(offset, length, may_trim=may_trim, fast=fast)
+
+    def flush_now(self) -> bool:
+        """Whether nothing was written since the last one."""
+        return self.disk.flush_now()
 
     async def flush(self) -> None:
         """fdatasync."""
@@ -169,6 +176,10 @@ class FleecingExport:
     async def write_zeroes(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
         """Refused; not advertised, so RequestRules answers before."""
         self.write_now(offset, b"")
+
+    def flush_now(self) -> bool:
+        """Always: nothing to make durable."""
+        return True
 
     async def flush(self) -> None:
         """Nothing to make durable."""

@@ -29,6 +29,7 @@ from fleecenbd.nbd.constants import (
     NBD_CMD_DISC,
     NBD_CMD_FLAG_DF,
     NBD_CMD_FLAG_FUA,
+    NBD_CMD_FLUSH,
     NBD_CMD_READ,
     NBD_CMD_TRIM,
     NBD_CMD_WRITE,
@@ -42,16 +43,13 @@ from fleecenbd.nbd.transmission import (
     SimpleReplies,
     StructuredReplies,
 )
-from fleecenbd.nbd.validation import COMMAND_NAMES
 from fleecenbd.server.channel import Channel
 from fleecenbd.server.exports import Export
+from fleecenbd.server.failures import FailureLog
 from fleecenbd.server.limits import Budget, ServerLimits
 from fleecenbd.server.requests import failure, perform
 
 logger = logging.getLogger(__name__)
-
-FAILURES_LOGGED = 5
-"""Failed requests of one connection that are logged above the level debug."""
 
 _REPLIES: dict[ReplyMode, type[SimpleReplies] | type[StructuredReplies]] = {
     ReplyMode.SIMPLE: SimpleReplies,
@@ -112,7 +110,7 @@ class Transmission:
         self._kept_open = False
         """Drained, and not yet to be closed."""
         self._pass_queued = False
-        self._failures = 0
+        self._failures = FailureLog(peer, self.export.info.name)
 
     @property
     def tasks(self) -> set[asyncio.Task[None]]:
@@ -182,7 +180,7 @@ class Transmission:
                 flags, command, cookie, offset, length, payload = request
                 refused = check(request)
                 if refused is not None:
-                    self._log_failure(request, *refused)
+                    self._failures.tell(request, *refused)
                     out.append(
                         replies.error(cookie, offset, *refused, is_read=command == NBD_CMD_READ)
                     )
@@ -209,6 +207,10 @@ class Transmission:
                             continue
                     elif command == NBD_CMD_TRIM:
                         if not flags & NBD_CMD_FLAG_FUA and export.trim_now(offset, length):
+                            out.append(replies.done(cookie, offset))
+                            continue
+                    elif command == NBD_CMD_FLUSH:
+                        if export.flush_now():
                             out.append(replies.done(cookie, offset))
                             continue
                     elif command == NBD_CMD_CACHE:
@@ -298,29 +300,8 @@ class Transmission:
             self._budget.give(cost)
 
     def _failure(self, request: Request, error: OSError) -> bytes:
-        self._log_failure(request, error.errno, error.strerror or str(error))
+        self._failures.tell(request, error.errno, error.strerror or str(error))
         return failure(self._replies, request, error, is_guest=self.export.is_guest)
-
-    def _log_failure(self, request: Request, number: int | None, text: str) -> None:
-        """The first ones of a connection: clients seldom show the text that they are sent."""
-        self._failures += 1
-        quiet = self._failures > FAILURES_LOGGED or number == errno.ENOTSUP
-        level = logging.DEBUG if quiet else logging.WARNING
-        if not logger.isEnabledFor(level):
-            return
-        command = request[1]
-        known = command < len(COMMAND_NAMES)
-        logger.log(
-            level,
-            "%s: %s of %d bytes at %d of %s failed: %s%s",
-            self._peer,
-            COMMAND_NAMES[command] if known else f"command {command}",
-            request[4],
-            request[3],
-            self.export.info.name,
-            text,
-            " (further ones are not logged)" if self._failures == FAILURES_LOGGED else "",
-        )
 
     def _internal_error(self, request: Request) -> bytes:
         """Our own fault, in an except clause: loud here, an error of that one request there."""

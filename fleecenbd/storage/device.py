@@ -80,6 +80,9 @@ class Device(Protocol):
         raises instead: its users count on the space, and on zeroes.)
         """
 
+    def flush_now(self) -> bool:
+        """Whether everything whose write has ended is durable already: there is nothing to do."""
+
     async def flush(self) -> None:
         """Return when everything whose write has ended is durable."""
 

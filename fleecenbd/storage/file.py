@@ -37,9 +37,9 @@ import errno
 import os
 import resource
 import stat
-import threading
+from collections.abc import Callable
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fleecenbd.storage import system_calls
 from fleecenbd.storage.device import Buffer, Data, Extent
@@ -48,6 +48,7 @@ from fleecenbd.storage.filesystem import Medium, hole_size_of, medium_of
 from fleecenbd.storage.locks import LockMode, lock_image
 from fleecenbd.storage.pool import SIZE_MAX, ThreadPool
 from fleecenbd.storage.space import Space
+from fleecenbd.storage.sync import Sync
 
 NOW_LENGTH_MAX = 1 << 20
 """Bytes: longer reads and writes go to the pool, for they would hold up the loop."""
@@ -81,6 +82,9 @@ _RUSAGE_THREAD = resource.RUSAGE_THREAD
 _uncleared_buffer: Any = ctypes.pythonapi.PyByteArray_FromStringAndSize
 _uncleared_buffer.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t]
 _uncleared_buffer.restype = ctypes.py_object
+
+
+Result = TypeVar("Result")
 
 
 class ReadNow(Protocol):
@@ -122,10 +126,7 @@ class FileDevice:
         self._descriptor = descriptor
         self._pool = ThreadPool(name, role, size_max=threads_max)
         self._space = Space(descriptor, name)
-        self._flush_lock = threading.Lock()
-        # Under the lock (the count may be read without it):
-        self._flush_count = 0  # calls of fdatasync that have begun
-        self._flush_error: tuple[int | None, str | None] | None = None
+        self._sync = Sync(name)
         self._write_inline_from = 0.0  # time of monotonic(): the pool has the writes until then
 
         self.pread_now: ReadNow
@@ -222,6 +223,7 @@ class FileDevice:
             written = _pwrite(self._descriptor, data, offset)
         except OSError as error:
             raise named_error(error, self.name) from None
+        self._sync.changed()
         ended = monotonic()
         if ended - started > WRITE_SLOW_S and _getrusage(_RUSAGE_THREAD).ru_nvcsw > sleeps:
             spared = max(self._write_inline_from, ended - STALL_MAX_S / STALL_SHARE)
@@ -255,12 +257,18 @@ class FileDevice:
 
     def _write_rest(self, offset: int, data: Data, written: int) -> None:
         rest = memoryview(data)[written:]
-        system_calls.write_all(self._descriptor, offset + written, rest, self.name)
+        try:
+            system_calls.write_all(self._descriptor, offset + written, rest, self.name)
+        finally:
+            self._sync.changed()
 
     def _write_measured(self, descriptor: int, offset: int, data: Data) -> None:
         """Run by a pool thread, which may set the time while the loop reads it: any is fine."""
         started = monotonic()
-        system_calls.write_all(descriptor, offset, data, self.name)
+        try:
+            system_calls.write_all(descriptor, offset, data, self.name)
+        finally:
+            self._sync.changed()
         ended = monotonic()
         # A long write may take its time; a throttled one takes more.
         if ended - started > POOL_WRITE_SLOW_S * max(1.0, len(data) / NOW_LENGTH_MAX):
@@ -287,18 +295,25 @@ class FileDevice:
     ) -> None:
         """Punch or zero the range, else write zeroes in pieces; ``fast``: else ENOTSUP."""
         self._check_writable()
-        await self._pool.run(self._space.zero, offset, length, may_trim, fast)
+        await self._pool.run(self._changed, self._space.zero, offset, length, may_trim, fast)
 
     async def trim(self, offset: int, length: int) -> None:
         """Punch the range out, where the file system or the device can."""
         self._check_writable()
-        await self._pool.run(self._space.discard, offset, length)
+        await self._pool.run(self._changed, self._space.discard, offset, length)
 
     async def punch(self, offset: int, length: int) -> None:
         """As ``trim``, but ENOTSUP where nothing can be freed."""
         self._check_writable()
-        if not await self._pool.run(self._space.trim, offset, length):
+        if not await self._pool.run(self._changed, self._space.trim, offset, length):
             raise OSError(errno.ENOTSUP, "the range's space cannot be freed", self.name)
+
+    def _changed(self, change: Callable[..., Result], *arguments: int) -> Result:
+        """Run by a pool thread: a change of space, which is to be flushed like a write."""
+        try:
+            return change(*arguments)
+        finally:
+            self._sync.changed()
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """Data and holes by SEEK_DATA and SEEK_HOLE; one data extent where they are refused."""
@@ -314,36 +329,16 @@ class FileDevice:
 
     # Durable, and closed
 
+    def flush_now(self) -> bool:
+        """Whether everything whose write has ended is durable already."""
+        if self._descriptor < 0:
+            return False  # ``flush`` says so
+        return self.read_only or self.medium is Medium.MEMORY or self._sync.is_done()
+
     async def flush(self) -> None:
-        """fdatasync.
-
-        Once it has failed, it fails for good: the kernel reports a lost write once per open
-        file, then forgets it, and the next fdatasync would be a lie. So would be one that is in
-        flight beside the one that fails: there is one at a time.
-        """
-        if self.read_only:
-            return
-        await self._pool.run(self._flush, self._descriptor)
-
-    def _flush(self, descriptor: int) -> None:
-        count = self._flush_count
-        with self._flush_lock:
-            if self._flush_error is None:
-                if self._flush_count > count:
-                    return  # one that began after this was asked for has ended well
-                self._flush_count += 1
-                try:
-                    os.fdatasync(descriptor)
-                    return
-                except OSError as error:
-                    self._flush_error = (error.errno, error.strerror)
-            number, text = self._flush_error
-        raise OSError(
-            number,
-            f"{text}: data was lost on its way to the disk; check the disk, and the image, "
-            "before they are used again",
-            self.name,
-        )
+        """fdatasync, which fails for good once it has failed (sync.py)."""
+        if not self.read_only:
+            await self._pool.run(self._sync.run, self._descriptor)
 
     def close(self) -> None:
         """Take no more calls; the file and its locks go when the last call has ended."""

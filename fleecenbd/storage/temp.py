@@ -97,6 +97,10 @@ class TempImage:
             end = self._file_size
         await self._file.punch(offset, end - offset)
 
+    def flush_now(self) -> bool:
+        """Whether there is nothing to do."""
+        return self._file.flush_now()
+
     async def flush(self) -> None:
         """fdatasync."""
         await self._file.flush()

@@ -8,7 +8,7 @@ import logging
 
 import pytest
 
-from fleecenbd.server.transmission import FAILURES_LOGGED
+from fleecenbd.server.failures import FAILURES_LOGGED
 from tests.nbd import wire
 
 from .room import room

@@ -93,6 +93,9 @@ class SimDevice:
     async def trim(self, offset: int, length: int) -> None:
         await self._later(self._call("trim", offset, length, None))
 
+    def flush_now(self) -> bool:
+        return False
+
     async def flush(self) -> None:
         await self._later(self._call("flush", 0, 0, None))
 

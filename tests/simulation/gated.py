@@ -146,6 +146,9 @@ class GatedDevice:
     async def trim(self, offset: int, length: int) -> None:
         await self._call("trim", offset, length)
 
+    def flush_now(self) -> bool:
+        return False
+
     async def flush(self) -> None:
         await self._call("flush", 0, 0)
 

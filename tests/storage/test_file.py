@@ -411,7 +411,7 @@ async def test_flushes_that_wait_for_another_share_the_next_one(
     kernel = WritebackErrors(monkeypatch, lost=False)
     device = opened(image, Medium.SLOW)
     waiting = threading.Semaphore(0)
-    flush_lock = device._flush_lock
+    flush_lock = device._sync._lock
 
     class Watched:
         def __enter__(self) -> None:
@@ -421,7 +421,7 @@ async def test_flushes_that_wait_for_another_share_the_next_one(
         def __exit__(self, *_: object) -> None:
             flush_lock.release()
 
-    monkeypatch.setattr(device, "_flush_lock", Watched())
+    monkeypatch.setattr(device._sync, "_lock", Watched())
     flushes = [asyncio.ensure_future(device.flush())]
     await asyncio.to_thread(kernel.entered.acquire, True, 10)
     flushes += [asyncio.ensure_future(device.flush()) for _ in range(5)]
@@ -432,6 +432,82 @@ async def test_flushes_that_wait_for_another_share_the_next_one(
     # Not the first one, which began before they were asked for: what they are about may be later.
     assert kernel.calls == 2
     device.close()
+
+
+async def test_what_is_durable_already_is_known_at_once(image: Path) -> None:
+    device = opened(image, Medium.CACHED)
+    # An earlier process may have written what its guest has yet to flush.
+    assert not device.flush_now()
+    await device.flush()
+    assert device.flush_now()
+    for change in (
+        device.pwrite(0, b"x"),
+        device.zero(0, 4096),
+        device.trim(0, 4096),
+        device.punch(0, 4096),
+    ):
+        await change
+        assert not device.flush_now()
+        await device.flush()
+        assert device.flush_now()
+    assert device.pwrite_now(0, b"x" * 4096)
+    assert not device.flush_now()
+    device.close()
+
+
+async def test_a_write_that_failed_is_no_less_to_be_flushed(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = opened(image, Medium.SLOW)
+    await device.flush()
+
+    def torn(descriptor: int, offset: int, data: object, name: str) -> None:
+        raise OSError(errno.EIO, "Input/output error", name)
+
+    monkeypatch.setattr(system_calls, "write_all", torn)
+    with pytest.raises(OSError, match="Input/output error"):
+        await device.pwrite(0, b"xx")
+    assert not device.flush_now()
+    device.close()
+
+
+async def test_nothing_is_durable_while_it_is_on_its_way_or_after_that_failed(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = WritebackErrors(monkeypatch, lost=True)
+    device = opened(image, Medium.SLOW)
+    flush = asyncio.ensure_future(device.flush())
+    await asyncio.to_thread(kernel.entered.acquire, True, 10)
+    assert not device.flush_now()
+    kernel.open.set()
+    with pytest.raises(OSError, match="data was lost"):
+        await flush
+    assert not device.flush_now()
+    device.close()
+
+
+async def test_a_write_that_ends_during_a_flush_is_left_for_the_next(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = WritebackErrors(monkeypatch, lost=False)
+    device = opened(image, Medium.CACHED)
+    flush = asyncio.ensure_future(device.flush())
+    await asyncio.to_thread(kernel.entered.acquire, True, 10)
+    await device.pwrite(0, b"x")
+    kernel.open.set()
+    await flush
+    assert not device.flush_now()
+    device.close()
+
+
+async def test_memory_has_nothing_to_flush_and_a_closed_file_says_so_itself(image: Path) -> None:
+    device = opened(image, Medium.MEMORY)
+    await device.pwrite(0, b"x")
+    assert device.flush_now()
+    device.close()
+    assert not device.flush_now()
+    with pytest.raises(OSError, match="closed"):
+        await device.flush()
 
 
 # Opening
