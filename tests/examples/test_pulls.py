@@ -1,14 +1,25 @@
 """The pulls that TRIM, run as a user runs them while a guest writes."""
 
+import os
 import re
+import select
 import stat
+import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.disks import KIB, MIB, first_difference
 from tests.examples.conftest import SIZE, Busy, command_of, example, example_without_space
-from tests.serving import connected, serving, try_run
+from tests.serving import (
+    CLIENTS_PATH,
+    COMMAND_TIMEOUT_S,
+    START_TIMEOUT_S,
+    connected,
+    serving,
+    try_run,
+)
 
 ACCESS = "x-fleecenbd:access"
 READABLE = 1
@@ -167,3 +178,71 @@ def test_a_pull_of_what_somebody_else_has_released_fails(
     assert not (tmp_path / "backup").exists()
     # What it had stored by then is kept, since it may be released already.
     assert (tmp_path / "backup.part").exists()
+
+
+HOLD = """
+import os, nbd
+
+def held(call):
+    def wrapped(*arguments):
+        setattr(nbd.NBD, os.environ["HELD"], call)
+        with open(os.environ["BEGUN"], "w") as begun:
+            print(file=begun)
+        with open(os.environ["GO"]) as go:
+            go.readline()
+        return call(*arguments)
+    return wrapped
+
+setattr(nbd.NBD, os.environ["HELD"], held(getattr(nbd.NBD, os.environ["HELD"])))
+"""
+"""Before its first call of the method HELD, the client tells the test, and waits for its word."""
+
+
+@pytest.mark.parametrize("held", ["connect_uri", "pread"])
+@each_pull
+def test_a_pull_never_mixes_two_sessions_of_one_name(tmp_path: Path, name: str, held: str) -> None:
+    disk, target = tmp_path / "vm.raw", tmp_path / "backup"
+    with disk.open("wb") as image:
+        image.truncate(SIZE)
+        image.write(b"first" * 1000)
+    (tmp_path / "sitecustomize.py").write_text(HOLD)
+    begun, go = tmp_path / "begun", tmp_path / "go"
+    with ExitStack() as stack:
+        signals = []
+        for path in (begun, go):
+            os.mkfifo(path)
+            signals.append(os.open(path, os.O_RDWR))
+            stack.callback(os.close, signals[-1])
+        with serving(tmp_path, disk, "--begin", "nightly") as server:
+            pull = subprocess.Popen(
+                [*command_of(name), server.uri("vm@nightly"), target],
+                env={
+                    **os.environ,
+                    "PATH": CLIENTS_PATH,
+                    "PYTHONPATH": str(tmp_path),
+                    "HELD": held,
+                    "BEGUN": str(begun),
+                    "GO": str(go),
+                },
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(pull)
+            stack.callback(pull.kill)
+            readable, _, _ = select.select(signals[:1], [], [], START_TIMEOUT_S)
+            assert readable, "the pull did not begin"
+            # Data where there was a hole: a map of the first session would leave it out.
+            with connected(server.uri("vm")) as guest:
+                guest.pwrite(b"second" * 1000, 8 * MIB)
+                guest.flush()
+        with serving(tmp_path, disk, "--begin", "nightly"):
+            os.write(signals[1], b"\n")
+            _, told = pull.communicate(timeout=COMMAND_TIMEOUT_S)
+    if held == "connect_uri":
+        assert pull.returncode == 0, told
+        assert first_difference(disk, target) is None
+    else:
+        assert pull.returncode == 1
+        assert "nbd_pread" in told
+        assert "Traceback" not in told
+        assert not target.exists()
