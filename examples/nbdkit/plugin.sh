@@ -9,9 +9,12 @@
 # (nbdkit, nbdkit-plugin-python, libnbd-bin).
 set -eu
 
+fail() { printf 'plugin: %s\n' "$*" >&2; exit 1; }
+
 [ $# = 2 ] || { echo "usage: $0 IMAGE TARGET" >&2; exit 2; }
 image=$1
 case $2 in /*) target=$2 ;; *) target=./$2 ;; esac # never taken for an option
+if [ -e "$target" ] && [ ! -f "$target" ]; then fail "$2 is there, and not a file"; fi
 plugin=$(dirname "$0")/../../plugins/fleece.py     # of a wheel: PREFIX/share/fleecenbd/fleece.py
 
 part=$(mktemp "$target.XXXXXX")

@@ -4,7 +4,7 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,6 +41,21 @@ def test_a_backup_of_an_image_in_use_is_refused_and_leaves_nothing(
     assert done.status != 0
     assert "in use" in done.stderr
     assert list((tmp_path / "backups").iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_target_that_is_no_file_is_refused_and_left_as_it_is(
+    disk: Path, tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    target = tmp_path / "backups" / "vm.raw"
+    target.parent.mkdir()
+    make(target)
+    kind = target.stat().st_mode
+    done = example(PLUGIN, disk, target)
+    assert done.status == 1
+    assert "not a file" in done.stderr
+    assert target.stat().st_mode == kind
+    assert list(target.parent.rglob("*")) == [target]
 
 
 @contextmanager
