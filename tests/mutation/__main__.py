@@ -16,6 +16,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from tests.arguments import not_negative
+
 from .mutants import (
     NO_TEST,
     SURVIVED,
@@ -48,7 +50,7 @@ also_copy = ["fleecenbd", "tests", "docs"]
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
     parser.add_argument("packages", nargs="*", help="engine, nbd (both if left out)")
-    parser.add_argument("--sample", type=int, default=150, help="mutants of each; 0: all")
+    parser.add_argument("--sample", type=not_negative, default=150, help="mutants of each; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--only", default="", help="mutants whose name holds this text")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where to work")
@@ -60,14 +62,28 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = set(options.packages) - set(TESTS)
     if unknown:
         parser.error(f"no such package: {', '.join(sorted(unknown))}")
-    good = [one_package(package, options) for package in options.packages or list(TESTS)]
-    return 0 if all(good) else 1
+    try:
+        good = [one_package(package, options) for package in options.packages or list(TESTS)]
+    except NothingToRun as error:
+        parser.error(str(error))
+    if all(one is None for one in good):
+        parser.error(f"--only {options.only}: no mutant of that name; names are as above")
+    return 1 if False in good else 0
 
 
-def one_package(package: str, options: argparse.Namespace) -> bool:
-    """Mutate one package, print how it went; False: the tests noticed too little."""
+class NothingToRun(Exception):
+    """There is nothing from last time."""
+
+
+def one_package(package: str, options: argparse.Namespace) -> bool | None:
+    """Mutate one package, print how it went; False: the tests noticed too little.
+
+    None: no mutant of the package was asked for. Raises NothingToRun.
+    """
     folder = options.folder / package
     if options.again:
+        if not (folder / "mutants" / "tests").is_dir():
+            raise NothingToRun(f"--again: {folder} has no mutants yet; run it without --again")
         for tests in (folder / "tests", folder / "mutants" / "tests"):
             shutil.rmtree(tests)
             copy_tree("tests", tests)
@@ -78,6 +94,11 @@ def one_package(package: str, options: argparse.Namespace) -> bool:
     everything = read_mutants(folder / "mutants", package)
     assert everything, f"mutmut made no mutants in {folder}"
     chosen = [m for m in everything if not m.is_wording and options.only in m.name]
+    if not chosen:
+        modules = sorted({mutant.module for mutant in everything})
+        print(f"{package}: no name of its mutants has {options.only!r} in it; they begin with")
+        print(*(f"  fleecenbd.{module}." for module in modules), sep="\n", flush=True)
+        return None
     if options.sample and len(chosen) > options.sample:
         chosen = random.Random(options.seed).sample(chosen, options.sample)
     ends = read_ends(folder / "mutants", package)
@@ -149,7 +170,7 @@ def report(
         print(
             f"{module:28}{counts.total():5}{counts['killed']:8}{counts['timed out']:9}"
             f"{counts['equivalent']:7}{counts['survived'] + counts['untested']:7}"
-            f"{share(counts):7.1f}%"
+            f"{percent(share(counts)):>8}"
         )
     for mutant in sorted(survivors, key=lambda mutant: mutant.name):
         print(f"\n{mutant.where}  ({mutant.name})\n  - {mutant.old}\n  + {mutant.new}")
@@ -160,7 +181,8 @@ def report(
     for where, old, new in equivalent:
         if where.startswith(package) and (where, old, new) not in known:
             print(f"\nequivalent.toml: no such mutant any more: {where}\n  - {old}\n  + {new}")
-    return not ran_not and share(total) >= KILLED_MIN[package]
+    noticed = share(total)
+    return not ran_not and (noticed is None or noticed >= KILLED_MIN[package])
 
 
 def how_it_ended(status: int | None) -> str:
@@ -174,10 +196,14 @@ def how_it_ended(status: int | None) -> str:
     return "timed out" if status in TIMED_OUT else "killed"
 
 
-def share(counts: Counter[str]) -> float:
-    """Percent of the mutants that are faults which the tests noticed."""
+def share(counts: Counter[str]) -> float | None:
+    """Percent of the mutants that are faults which the tests noticed; None: none is a fault."""
     faults = counts.total() - counts["equivalent"] - counts["not run"]
-    return 100.0 * (counts["killed"] + counts["timed out"]) / faults if faults else float("nan")
+    return 100.0 * (counts["killed"] + counts["timed out"]) / faults if faults else None
+
+
+def percent(noticed: float | None) -> str:
+    return "-" if noticed is None else f"{noticed:.1f}%"
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from .__main__ import TESTS, how_it_ended, share
+from . import __main__ as program
+from .__main__ import TESTS, how_it_ended, percent, share
 from .mutants import Mutant, read_ends, read_equivalent, read_mutants
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,51 @@ def test_mutmuts_exit_statuses_have_words(status: int | None, kind: str) -> None
 def test_equivalent_mutants_are_left_out_of_the_share_and_untested_ones_are_not() -> None:
     counts = Counter({"killed": 5, "timed out": 1, "survived": 1, "untested": 1, "equivalent": 9})
     assert share(counts) == 75.0
-    assert math.isnan(share(Counter({"equivalent": 3, "not run": 2}))), "nothing is known"
+    assert share(Counter({"equivalent": 3, "not run": 2})) is None, "nothing is known"
+    assert [percent(share(counts)), percent(None)] == ["75.0%", "-"]
+
+
+@pytest.fixture
+def no_mutmut(mutated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """mutmut stands still, with the mutants of ``mutated`` in each package; names it was to run."""
+    asked: list[str] = []
+    everything = read_mutants(mutated, "engine")
+    monkeypatch.setattr(program, "set_up", lambda folder, package, *, here: None)
+    monkeypatch.setattr(program, "mutmut", lambda folder, *names: asked.extend(names))
+    monkeypatch.setattr(program, "read_mutants", lambda folder, package: everything)
+    return asked
+
+
+def test_a_name_that_no_mutant_has_is_an_error_that_tells_the_names(
+    no_mutmut: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        program.main(["engine", "--sample", "0", "--only", "nonesuch"])
+    assert refused.value.code == 2
+    told = capsys.readouterr()
+    assert "no mutant of that name" in told.err
+    assert "\n  fleecenbd.engine.box.\n" in told.out
+    assert "nan" not in told.out
+    assert no_mutmut == ["nothing.of.this.name"]
+
+
+def test_only_one_module_is_run_when_only_it_is_asked_for(no_mutmut: list[str]) -> None:
+    assert program.main(["engine", "--sample", "0", "--only", "x_weigh"]) == 1, "it has not run"
+    assert no_mutmut == ["nothing.of.this.name", "fleecenbd.engine.box.x_weigh__mutmut_1"]
+
+
+def test_again_without_a_first_time_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["engine", "--again", "--folder", str(tmp_path / "nothing")])
+    assert "run it without --again" in capsys.readouterr().err
+
+
+def test_a_sample_of_less_than_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["engine", "--sample", "-1"])
+    assert "--sample" in capsys.readouterr().err
 
 
 def test_a_change_of_case_is_wording_and_a_change_of_sign_is_not() -> None:
