@@ -6,25 +6,29 @@ python -m tests.differential tests/differential/script.txt
 """
 
 import argparse
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.arguments import positive
 from tests.differential.compare import DISK_SIZE, compare
 from tests.differential.script import Step, draw, parse
 
+STEPS = 400
 
-def main() -> int:
+
+def main(arguments: list[str] | None = None) -> int:
     """0 if every answer was right, and every difference is one that is written down."""
     parser = argparse.ArgumentParser(prog="python -m tests.differential")
     parser.add_argument("script", nargs="?", type=Path)
     parser.add_argument("--seed", type=int, help="this seed alone")
-    parser.add_argument("--seeds", type=int, default=20, help="seeds 1 to N")
-    parser.add_argument("--steps", type=int, default=400, help="steps that a seed gives")
+    parser.add_argument("--seeds", type=positive, default=20, help="seeds 1 to N")
+    parser.add_argument("--steps", type=positive, default=STEPS, help="steps that a seed gives")
     parser.add_argument("--show", action="store_true", help="print the scripts")
-    options = parser.parse_args()
-    failed = 0
+    options = parser.parse_args(arguments)
+    failed: list[str] = []
     for name, steps in _scripts(options):
         if options.show:
             print("\n".join(map(str, steps)))
@@ -33,8 +37,22 @@ def main() -> int:
         print(f"{name}: {report}")
         for line in report.wrong:
             print(f"  {line}")
-        failed += bool(report.wrong)
+        if report.wrong:
+            failed.append(name)
+    for name in failed:
+        print(f"{name} failed; replay: {_command(name, options)}")
     return 1 if failed else 0
+
+
+def _command(name: str, options: argparse.Namespace) -> str:
+    """What runs one of them alone; make gives every seed the usual number of steps."""
+    program = ".venv/bin/python -m tests.differential"
+    if options.script is not None:
+        return f"{program} {shlex.quote(name)} --show"
+    seed = name.removeprefix("seed ")
+    if options.steps != STEPS:
+        return f"{program} --seed {seed} --steps {options.steps} --show"
+    return f"make differential SEED={seed}"
 
 
 def _scripts(options: argparse.Namespace) -> Iterator[tuple[str, list[Step]]]:
