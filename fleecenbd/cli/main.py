@@ -17,6 +17,7 @@ import typer
 
 from fleecenbd import __version__
 from fleecenbd.cli import logs
+from fleecenbd.cli.command import StrictCommand
 from fleecenbd.cli.errors import CommandError
 from fleecenbd.cli.serve import EXAMPLES, HELP, serve
 
@@ -49,7 +50,7 @@ def options(
     """An NBD server that fleeces: live disks, and point-in-time images of them."""
 
 
-app.command(help=HELP, epilog=EXAMPLES)(serve)
+app.command(cls=StrictCommand, help=HELP, epilog=EXAMPLES)(serve)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -66,6 +67,7 @@ def run(arguments: Sequence[str]) -> int:
         return error.status
     except _USAGE_ERROR as error:
         text = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
+        text = text.replace("Value error, ", "")  # how the parser's own library begins a cause
         logs.report(f"{text}; see fleecenbd --help, fleecenbd serve --help")
         return 2
     except (KeyboardInterrupt, typer.Abort):

@@ -10,6 +10,7 @@ from pathlib import Path
 from fleecenbd.cli.errors import UsageError
 
 SOCKET_NAME = "fleecenbd.sock"
+ROOTS_STATE = Path("/var/lib/fleecenbd")
 
 
 def default_socket(environment: Mapping[str, str], user_id: int) -> Path:
@@ -34,7 +35,7 @@ def default_state_directory(environment: Mapping[str, str], user_id: int) -> Pat
     if os.path.isabs(state):
         return Path(state) / "fleecenbd"
     if user_id == 0:
-        return Path("/var/lib/fleecenbd")
+        return ROOTS_STATE
     home = environment.get("HOME", "")
     if os.path.isabs(home):
         return Path(home) / ".local" / "state" / "fleecenbd"
@@ -47,7 +48,8 @@ def default_state_directory(environment: Mapping[str, str], user_id: int) -> Pat
 def make_private_directory(path: Path) -> None:
     """Make the directory and those above it that are missing, mode 0700. Raises OSError.
 
-    What is there keeps its mode: it is somebody's decision.
+    What is there keeps its mode: it is somebody's decision. ROOTS_STATE can be passed through: a
+    service of another user may have its state directory in there (systemd's StateDirectory=).
     """
     if path.is_dir():
         return
@@ -57,7 +59,7 @@ def make_private_directory(path: Path) -> None:
         )
     if path.parent != path:
         make_private_directory(path.parent)
-    path.mkdir(mode=0o700, exist_ok=True)
+    path.mkdir(mode=0o711 if path == ROOTS_STATE else 0o700, exist_ok=True)
 
 
 def state_directory(given: str | None) -> Path:

@@ -243,15 +243,14 @@ def serve(
         typer.Option("-r", "--read-only", rich_help_panel=DISKS, help="Nobody may write."),
     ] = False,
     shared: Annotated[
-        int,
+        str,
         typer.Option(
             metavar="N",
-            min=0,
             rich_help_panel=DISKS,
             help="Connections that each guest's disk admits at a time; 0 for any number. A client "
             "that may open several does: nbdcopy up to 4 (with -C 2, two).",
         ),
-    ] = 1,
+    ] = "1",
     force_share: Annotated[
         bool,
         typer.Option(
@@ -372,7 +371,7 @@ def serve(
         default_export=default_export,
         read_only=read_only,
         force_share=force_share,
-        shared=shared,
+        shared=values.parse_count(shared, "--shared"),
         pidfile=Path(pidfile) if pidfile is not None else None,
         command=run,
     )

@@ -139,6 +139,13 @@ def parse_port(text: str, option: str) -> int:
     return int(text)
 
 
+def parse_count(text: str, option: str) -> int:
+    """A number of connections; 0 stands for any."""
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise UsageError(f"{option}: {text!r} is no number of connections; 0 is for any number")
+    return int(text)
+
+
 def parse_seconds(text: str, option: str) -> float:
     """A length of time, as in 20 or 0.5."""
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fleecenbd.cli import places
 from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.places import (
     default_socket,
@@ -69,6 +70,17 @@ def test_directories_that_are_made_are_ours_alone_and_others_keep_their_mode(
         os.umask(before)
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (there, there / "a", there / "a" / "b")]
     assert modes == [0o755, 0o700, 0o700]
+
+
+def test_roots_state_directory_lets_other_users_services_reach_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "ROOTS_STATE", tmp_path / "fleecenbd")
+    make_private_directory(tmp_path / "fleecenbd" / "web")
+    modes = [
+        stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("fleecenbd", "fleecenbd/web")
+    ]
+    assert modes == [0o711, 0o700]
 
 
 def test_a_file_in_the_place_of_a_directory_is_an_error(tmp_path: Path) -> None:
