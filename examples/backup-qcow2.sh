@@ -27,7 +27,7 @@ if [ -e "$target" ] && [ ! -f "$target" ]; then fail "$2 is there, and not a fil
 # Only fleecing exports have this meta context. The guest's own export can be read too, but it
 # changes meanwhile: what comes of that is no backup.
 nbdinfo --map=x-fleecenbd:access "$uri" >/dev/null ||
-    fail "$uri is not a fleecing export that can be read"
+    fail "$uri is not a fleecing export that can be read (behind nbdkit none can be told)"
 
 part=$(mktemp "$target.XXXXXX") # beside TARGET: a rename does not cross file systems
 trap 'rm -f "$part"' EXIT

@@ -60,10 +60,14 @@ def pull(uri: str, target: str) -> None:
     client = nbd.NBD()
     client.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
     client.add_meta_context(ACCESS)
+    client.set_uri_allow_local_file(True)  # nbds://…?tls-psk-file=
     client.connect_uri(uri)
     if not client.can_meta_context(ACCESS):
         # On the guest's own export a TRIM would not release old data, but discard the disk's.
-        sys.exit(f"pull-with-trim: {uri} is not a fleecing export (DISK@SESSION)")
+        sys.exit(
+            f"pull-with-trim: {uri} does not offer {ACCESS}: it is a guest's disk and not "
+            "DISK@SESSION, or behind nbdkit, which cannot tell them apart"
+        )
     size, stored = client.get_size(), 0
     with open(f"{target}.part", "xb") as part:
         part.truncate(size)  # all of it a hole; only data is written
@@ -92,5 +96,13 @@ if __name__ == "__main__":
     os.umask(0o077)  # a guest's disk is not for everybody
     try:
         pull(*sys.argv[1:])
+    except FileExistsError as error:
+        sys.exit(
+            f"pull-with-trim: {error.filename} is there, from another pull: keep it or remove it"
+        )
     except (nbd.Error, OSError) as error:
-        sys.exit(f"\npull-with-trim: {error} (the server's log may say more)")
+        more = " (the server's log may say more)" if isinstance(error, nbd.Error) else ""
+        kept = f"{sys.argv[2]}.part"
+        if os.path.exists(kept):
+            more += f"; {kept} may hold the only copy of what was released"
+        sys.exit(f"\npull-with-trim: {error}{more}")
