@@ -65,8 +65,8 @@ def pull(uri: str, target: str) -> None:
     if not client.can_meta_context(ACCESS):
         # On the guest's own export a TRIM would not release old data, but discard the disk's.
         sys.exit(
-            f"pull-with-trim: {uri} does not offer {ACCESS}: it is a guest's disk and not "
-            "DISK@SESSION, or behind nbdkit, which cannot tell them apart"
+            f"pull-with-trim: {uri} is not a fleecing export that can be read "
+            "(behind nbdkit none can be told)"
         )
     size, stored = client.get_size(), 0
     with open(f"{target}.part", "xb") as part:

@@ -64,7 +64,10 @@ try:
     h.connect_uri(uri)
     if not h.can_meta_context(ACCESS):
         # On the own export of the guest a TRIM would discard data of the disk.
-        sys.exit(f"pull-with-trim: {uri} is not a fleecing export that can be read (behind nbdkit none can be told)")
+        sys.exit(
+            f"pull-with-trim: {uri} is not a fleecing export that can be read "
+            "(behind nbdkit none can be told)"
+        )
     part = open(f"{target}.part", "xb")
 except FileExistsError:
     sys.exit(f"pull-with-trim: {target}.part is there: from another pull?")
