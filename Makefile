@@ -28,8 +28,15 @@ help:  ## this text
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  SEEDS=N SEED=n RUNS=N SECONDS=N   as above; DEMO='--size 64' hands options to the demo"
-	@echo "  PYTEST='-k trim -x'     hands options to pytest (test, interop)"
+	@echo "  SEEDS=N SEED=n RUNS=N SECONDS=N   how many, which one, how long: simulate, differential, stress, fuzz"
+	@echo "  PEERS=trixie            Debian 13's clients and QEMU: interop, differential, bench"
+	@echo "  DEBIAN=12               or 13: bare"
+	@echo "  QUICK=1 KEEP=1 STRICT=1 short, also into docs/benchmarks, fail where a row falls short: bench"
+	@echo "  PYTEST='-k trim -x'     options for pytest: test, interop, guest"
+	@echo "  DEMO='--size 64'        options for the demo"
+	@echo "  ORDERS='--scenario stat_trim'        options for explore"
+	@echo "  MUTATE='engine --sample 40 --seed 7' options for mutate"
+	@echo "  BENCH='--rows p99'                   options for bench, bench-scale"
 
 venv: $(READY)  ## set up only: missing packages (root or sudo), then .venv; runs once
 

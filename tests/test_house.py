@@ -95,6 +95,15 @@ def test_every_make_target_is_explained() -> None:
         assert f"make {target} " in shown, target
 
 
+def test_every_variable_that_a_user_may_set_is_explained() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    set_there = set(re.findall(r"^(?:export )?([A-Z]+) :=", makefile, re.MULTILINE))
+    used = set(re.findall(r"\$\(([A-Z]+)\)", makefile)) - set_there
+    assert {"SEEDS", "ORDERS", "PEERS"} <= used
+    end = makefile.partition("\nhelp:")[2].partition("\n\n")[0]
+    assert {name for name in used if f"{name}=" not in end} == set()
+
+
 @pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "docs"])
 def test_every_link_between_pages_leads_to_a_file(page: str) -> None:
     start = ROOT / page
