@@ -19,7 +19,7 @@ from fleecenbd.server.server import CLOSE_DEADLINE_S, STOP_DEADLINE_S
 from tests.disks import MIB, copy_disk, first_difference, make_disk
 from tests.examples.conftest import EXAMPLES
 from tests.examples.units import PROGRAM, UnitServer, command, setting, settings, variables
-from tests.serving import COMMAND_TIMEOUT_S, FLEECENBD, run, try_run
+from tests.serving import COMMAND_TIMEOUT_S, FLEECENBD, connected, run, try_run
 
 FOLDER = EXAMPLES / "systemd"
 SERVICE = FOLDER / "fleecenbd@.service"
@@ -33,6 +33,8 @@ USERS = FOLDER / "sysusers.conf"
 INSTANCE = "web"
 EXPOSURE_MAX = 1.5
 """Of 10, by systemd-analyze security: what is left is what the server needs (see the unit)."""
+
+LUKS_MAGIC = b"LUKS\xba\xbe\0\2"
 
 TOOLS = ("systemd-analyze", "systemd-socket-activate", "systemd-sysusers", "qemu-io", "nbdcopy")
 
@@ -131,7 +133,7 @@ def _words(folder: Path, disk: Path, **more: str) -> list[str]:
     conf, session = settings(SERVICE, INSTANCE)["EnvironmentFile"]
     assert conf == f"/etc/fleecenbd/{INSTANCE}.conf"
     environment |= variables(CONF.read_text())
-    environment["DISKS"] = re.sub("=.*", f"={disk}", environment["DISKS"])
+    environment["DISKS"] = re.sub("=raw:.*", f"=raw:{disk}", environment["DISKS"])
     written = _moved(session.removeprefix("-"), folder)
     if written.exists():
         environment |= variables(written.read_text())
@@ -204,6 +206,32 @@ def test_a_restart_begins_a_session_and_the_guest_only_waits(tmp_path: Path) -> 
         guest.close()
     assert first_difference(before, backup) is None
     assert first_difference(disk, backup) is not None
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.iterdir()), ids=lambda path: path.name)
+def test_every_disk_is_called_raw(path: Path) -> None:
+    disks = re.findall(r"\bvd[a-z]=(\S+)", path.read_text())
+    assert disks or path != CONF
+    for disk in disks:
+        assert disk.startswith("raw:"), f"{path.name}: {disk}: a guest could keep it from starting"
+
+
+def test_what_a_guest_writes_to_its_disk_does_not_keep_the_server_from_starting(
+    tmp_path: Path,
+) -> None:
+    disk = make_disk(tmp_path / "web.raw", 4 * MIB)
+    socket = tmp_path / "fleecenbd" / INSTANCE / "guest.sock"
+    with unit_server(tmp_path) as server:
+        server.start_with(_words(tmp_path, disk))
+        with connected(f"nbd+unix:///vda?socket={socket}") as guest:
+            guest.pwrite(LUKS_MAGIC.ljust(512, b"\0"), 0)
+        assert server.end_by(signal.SIGTERM) == 0, server.log.read_text()
+        words = _words(tmp_path, disk)
+        server.start_with(words)
+        assert server.end_by(signal.SIGTERM) == 0, server.log.read_text()
+        with pytest.raises(AssertionError, match="ended before it was ready"):
+            server.start_with([word.replace("raw:", "") for word in words])
+        assert "the content is a LUKS container" in server.log.read_text()
 
 
 def test_sockets_in_the_options_are_refused(tmp_path: Path) -> None:
