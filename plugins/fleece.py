@@ -179,7 +179,8 @@ def can_zero(h: PluginClient) -> bool:
 
 
 def can_fast_zero(h: PluginClient) -> bool:
-    return bool(h.info.flags & nbd.NBD_FLAG_SEND_FAST_ZERO)
+    # Where we said no to what can be zeroed, a client that asks all the same would end nbdkit.
+    return can_zero(h)
 
 
 def can_fua(h: PluginClient) -> int:

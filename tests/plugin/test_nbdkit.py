@@ -264,6 +264,15 @@ def test_a_backup_is_neither_written_nor_zeroed(server: Serving, tmp_path: Path)
         assert bytes(backup.pread(SIZE, 0)) == (tmp_path / "before.raw").read_bytes()
 
 
+def test_a_fast_zero_at_a_backup_fails_alone(server: Serving) -> None:
+    with connected(server.uri("vm")) as guest, connected(server.uri("vm@n")) as backup:
+        backup.set_strict_mode(0)
+        with pytest.raises(nbd.Error) as caught:
+            backup.zero(4096, 0, nbd.CMD_FLAG_FAST_ZERO)
+        assert caught.value.errnum == errno.EINVAL
+        assert len(guest.pread(512, 0)) == 512
+
+
 def test_read_only_disks_can_be_read_and_their_backups_trimmed(disk: Path, tmp_path: Path) -> None:
     with (
         behind_nbdkit(tmp_path, disk, "--begin", "n", "--read-only", "true") as server,
