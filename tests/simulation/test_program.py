@@ -55,8 +55,17 @@ def test_a_run_that_met_too_little_fails_and_says_of_what(
 ) -> None:
     nothing = world.Outcome(0, "empty", None, Counter(), 0, 0.0, [])
     monkeypatch.setattr(world, "run", lambda seed: nothing)
-    assert program.main(["--seeds", "5"]) == 1
-    assert "too small: copies: 0, expected at least 10 in 5 seeds" in capsys.readouterr().out
+    assert program.main(["--seeds", "200"]) == 1
+    assert "too small: copies: 0, expected at least 400 in 200 seeds" in capsys.readouterr().out
+
+
+def test_few_seeds_are_not_asked_for_what_is_rare(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = world.Outcome(0, "empty", None, Counter(), 0, 0.0, [])
+    monkeypatch.setattr(world, "run", lambda seed: nothing)
+    assert program.main(["--seeds", "199"]) == 0
+    assert "no violation (" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("seeds", ["0", "-1", "some"])
