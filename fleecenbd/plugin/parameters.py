@@ -9,7 +9,7 @@ from __future__ import annotations
 import getopt
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fleecenbd.cli import values
 from fleecenbd.cli.endpoints import PRIVATE, Addresses
@@ -114,13 +114,18 @@ class Parameters:
         given = self._given
         session, state = given.get("session"), given.get("state-dir")
         refuse_empty({"--state-dir": state})
+        # nbdkit goes to / on its way into the background, and we look again from there.
+        state = os.path.abspath(state) if state is not None else None
         if session is None:
             refuse_together({f"--{key}": key in given for key in _SESSION_ONLY}, "without --begin")
         else:
             values.check_name(session, "a session")
         own_client = command_line.own_client or activated
         options = ServeOptions(
-            disks=values.parse_disks(self._disks),
+            disks=tuple(
+                replace(disk, path=os.path.abspath(disk.path))
+                for disk in values.parse_disks(self._disks)
+            ),
             # Where nbdkit listens is its own business; whether it does decides what "" means.
             addresses=None if own_client else Addresses(PRIVATE),
             state_directory=state_directory(state) if session is not None else None,

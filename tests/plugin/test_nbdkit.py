@@ -17,6 +17,7 @@ import pytest
 
 from fleecenbd import __version__
 from fleecenbd.plugin.parameters import PARAMETERS
+from fleecenbd.server.guest_records import GuestRecords
 from tests.behind_nbdkit import ENVIRONMENT, PLUGIN, behind_nbdkit
 from tests.disks import first_difference, make_disk
 from tests.plugin.conftest import SIZE
@@ -97,6 +98,11 @@ def test_it_serves_from_the_background_and_lets_go_of_the_image_at_the_end(
         ):
             guest.pwrite(b"new" * 1000, 100)
             assert bytes(backup.pread(SIZE, 0)) == before
+            path = GuestRecords(tmp_path / "state")._path(str(disk))
+            end = time.monotonic() + START_TIMEOUT_S
+            while not path.exists():
+                assert time.monotonic() < end, "the guest is not noted where the next server looks"
+                guest.pread(1, 0)
         refused = try_run("qemu-io", "-f", "raw", "-c", "write 0 512", disk)
         assert "lock" in refused.stderr
     finally:

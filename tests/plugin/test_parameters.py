@@ -1,5 +1,6 @@
 """nbdkit's parameters and command line, into the options of a server."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -34,9 +35,18 @@ def _refused(*given: str) -> str:
 
 def test_disks_and_a_session_become_exports() -> None:
     options = _options("disk=vm.raw", "disk=b=/dev/vg/b", "session=n", "state-dir=/s")
-    assert options.disks == (DiskSpec("vm", "vm.raw"), DiskSpec("b", "/dev/vg/b"))
+    assert options.disks == (DiskSpec("vm", os.path.abspath("vm.raw")), DiskSpec("b", "/dev/vg/b"))
     assert options.exports == ["vm", "b", "vm@n", "b@n"]
     assert options.state_directory == Path("/s")
+
+
+def test_paths_mean_the_same_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = _options("disk=sub/vm.raw", "session=n", "state-dir=state")
+    assert options.disks[0].path == str(tmp_path / "sub" / "vm.raw")
+    assert options.state_directory == options.guests_directory == tmp_path / "state"
 
 
 def test_an_argument_without_a_key_is_a_disk() -> None:
