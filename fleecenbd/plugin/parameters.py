@@ -32,7 +32,6 @@ PARAMETERS = {
     "on-cbw-error": "break-snapshot or break-guest-write",
     "cbw-timeout": "SECONDS: how long a guest's write may wait for old data to be kept",
     "default-export": "NAME: the export that the empty name means",
-    "shared": "N: connections that each guest's disk admits at a time, 0 for any number",
     "read-only": "true or false: no guest may write (nbdkit -r: and no backup TRIM)",
     "force-share": "true or false: neither lock the images nor look whether others have",
 }
@@ -140,7 +139,6 @@ class Parameters:
             default_export=given.get("default-export"),
             read_only=command_line.read_only or self._is_true("read-only"),
             force_share=self._is_true("force-share"),
-            shared=self._count("shared", 1),
         )
         check_default_export(options)
         return options
@@ -150,12 +148,6 @@ class Parameters:
         if text not in (*_TRUE, *_FALSE):
             raise UsageError(f"--{key}: {text!r} is neither true nor false")
         return text in _TRUE
-
-    def _count(self, key: str, default: int) -> int:
-        text = self._given.get(key, str(default))
-        if not (text.isascii() and text.isdigit() and len(text) < 10):
-            raise UsageError(f"--{key}: {text!r} is no number of connections; 0 is for any number")
-        return int(text)
 
 
 def own_arguments() -> list[str]:

@@ -72,7 +72,6 @@ class Service:
         self._records = guest_records(options, disks)
         self._server = Server(
             default_export=options.empty_name,
-            shared=options.shared,
             read_only=options.read_only,
             guest_records=self._records,
         )

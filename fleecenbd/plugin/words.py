@@ -22,7 +22,7 @@ class Told(Exception):
 _OPTIONS = "|".join(PARAMETERS)
 _IN_NBDKITS_WORDS = (
     (re.compile(r"--begin\b"), "session="),
-    (re.compile(r"\bserve --shared N\b"), "shared=N"),
+    (re.compile(r" \(serve --shared N admits more\)"), ""),
     (re.compile(r"--(read-only|force-share)\b(?!:)"), r"\1=true"),
     (re.compile(rf"--({_OPTIONS})\b(?=:)"), r"\1"),
     (re.compile(rf"--({_OPTIONS})\b( (?=[A-Z]))?"), r"\1="),

@@ -19,7 +19,7 @@ from fleecenbd.plugin.words import Told, hide_expected_tracebacks, in_nbdkits_wo
         ("folder for temp images with --state-dir", "folder for temp images with state-dir="),
         ("or give --force-share to use", "or give force-share=true to use"),
         ("or try --read-only)", "or try read-only=true)"),
-        ("file systems (serve --shared N admits more)", "file systems (shared=N admits more)"),
+        ("file systems (serve --shared N admits more)", "file systems"),
         ("give --default-export NAME", "give default-export=NAME"),
         ("names no image; write [NAME=]IMAGE", "names no image; write disk=[NAME=]IMAGE"),
         ("is the file, write NAME=a=b", "is the file, write disk=NAME=a=b"),
