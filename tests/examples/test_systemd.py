@@ -9,8 +9,6 @@ import select
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,19 +16,24 @@ import pytest
 from fleecenbd.server.server import CLOSE_DEADLINE_S, STOP_DEADLINE_S
 from tests.disks import MIB, copy_disk, first_difference, make_disk
 from tests.examples.conftest import EXAMPLES
-from tests.examples.units import PROGRAM, UnitServer, command, setting, settings, variables
+from tests.examples.units import (
+    CONF,
+    DROP_IN,
+    FOLDER,
+    INSTANCE,
+    PROGRAM,
+    SERVICE,
+    UNITS,
+    USERS,
+    first_steps,
+    moved,
+    setting,
+    settings,
+    start_words,
+    unit_server,
+)
 from tests.serving import COMMAND_TIMEOUT_S, FLEECENBD, connected, run, try_run
 
-FOLDER = EXAMPLES / "systemd"
-SERVICE = FOLDER / "fleecenbd@.service"
-GUEST = FOLDER / "fleecenbd@.socket"
-BACKUP = FOLDER / "fleecenbd-backup@.socket"
-UNITS = [SERVICE, GUEST, BACKUP]
-CONF = FOLDER / "web.conf"
-DROP_IN = FOLDER / "web-lvm.conf"
-USERS = FOLDER / "sysusers.conf"
-
-INSTANCE = "web"
 EXPOSURE_MAX = 1.5
 """Of 10, by systemd-analyze security: what is left is what the server needs (see the unit)."""
 
@@ -101,51 +104,12 @@ def test_the_user_is_made(tmp_path: Path) -> None:
     assert f"\n{user}:" in "\n" + (tmp_path / "etc" / "group").read_text()
 
 
-def _moved(path: str, folder: Path) -> Path:
-    """Where a test has what is in /run."""
-    assert path.startswith("/run/")
-    return folder / path.removeprefix("/run/")
-
-
-@contextmanager
-def unit_server(folder: Path) -> Iterator[UnitServer]:
-    """The sockets that the units ask for, and nobody on them yet."""
-    sockets = {
-        setting(unit, INSTANCE, "FileDescriptorName"): _moved(
-            setting(unit, INSTANCE, "ListenStream"), folder
-        )
-        for unit in (GUEST, BACKUP)
-    }
-    server = UnitServer(folder, sockets, folder / "state")
-    try:
-        yield server
-        if server.pid:
-            assert server.end_by(signal.SIGTERM) == 0, server.log.read_text()
-        assert "Traceback" not in server.log.read_text()
-    finally:
-        server.close()
-
-
-def _words(folder: Path, disk: Path, **more: str) -> list[str]:
-    """ExecStart= with the variables of the unit, of web.conf (with another image), and more."""
-    (plain,) = settings(SERVICE, INSTANCE)["Environment"]
-    environment = dict(pair.split("=", 1) for pair in plain.split())
-    conf, session = settings(SERVICE, INSTANCE)["EnvironmentFile"]
-    assert conf == f"/etc/fleecenbd/{INSTANCE}.conf"
-    environment |= variables(CONF.read_text())
-    environment["DISKS"] = re.sub("=raw:.*", f"=raw:{disk}", environment["DISKS"])
-    written = _moved(session.removeprefix("-"), folder)
-    if written.exists():
-        environment |= variables(written.read_text())
-    return command(setting(SERVICE, INSTANCE, "ExecStart"), {**environment, **more})
-
-
 def test_a_guest_sees_all_and_a_backup_fleecing_exports_only(tmp_path: Path) -> None:
     disk = make_disk(tmp_path / "web.raw", 4 * MIB)
     with unit_server(tmp_path) as server:
-        server.start_with(_words(tmp_path, disk, SESSION="--begin nightly"))
+        server.start_with(start_words(tmp_path, disk, SESSION="--begin nightly"))
         for name, exports in {"guest": {"vda", "vda@nightly"}, "backup": {"vda@nightly"}}.items():
-            path = _moved(f"/run/fleecenbd/{INSTANCE}/{name}.sock", tmp_path)
+            path = moved(f"/run/fleecenbd/{INSTANCE}/{name}.sock", tmp_path)
             listed = run("nbdinfo", "--list", f"nbd+unix://?socket={path}")
             assert set(re.findall('export="(.*)"', listed)) == exports
         assert (tmp_path / "state").is_dir(), "the temp image is somewhere else"
@@ -188,7 +152,7 @@ def test_a_restart_begins_a_session_and_the_guest_only_waits(tmp_path: Path) -> 
     disk = make_disk(tmp_path / "web.raw", 4 * MIB)
     folder = tmp_path / "fleecenbd" / INSTANCE
     with unit_server(tmp_path) as server:
-        server.start_with(_words(tmp_path, disk))
+        server.start_with(start_words(tmp_path, disk))
         guest = QemuIo(
             "driver=nbd,server.type=unix,export=vda,reconnect-delay=60,"
             f"server.path={folder / 'guest.sock'}"
@@ -199,7 +163,7 @@ def test_a_restart_begins_a_session_and_the_guest_only_waits(tmp_path: Path) -> 
         before = copy_disk(disk, tmp_path / "before.raw")
         guest.ask("write -P 9 512k 1M")
         (folder / "session.conf").write_text('SESSION="--begin nightly"\n')
-        server.start_with(_words(tmp_path, disk))
+        server.start_with(start_words(tmp_path, disk))
         guest.wait_for("wrote 1048576/1048576")
         backup = tmp_path / "backup.raw"
         run("nbdcopy", f"nbd+unix:///vda@nightly?socket={folder / 'backup.sock'}", backup)
@@ -222,11 +186,11 @@ def test_what_a_guest_writes_to_its_disk_does_not_keep_the_server_from_starting(
     disk = make_disk(tmp_path / "web.raw", 4 * MIB)
     socket = tmp_path / "fleecenbd" / INSTANCE / "guest.sock"
     with unit_server(tmp_path) as server:
-        server.start_with(_words(tmp_path, disk))
+        server.start_with(start_words(tmp_path, disk))
         with connected(f"nbd+unix:///vda?socket={socket}") as guest:
             guest.pwrite(LUKS_MAGIC.ljust(512, b"\0"), 0)
         assert server.end_by(signal.SIGTERM) == 0, server.log.read_text()
-        words = _words(tmp_path, disk)
+        words = start_words(tmp_path, disk)
         server.start_with(words)
         assert server.end_by(signal.SIGTERM) == 0, server.log.read_text()
         with pytest.raises(AssertionError, match="ended before it was ready"):
@@ -234,10 +198,39 @@ def test_what_a_guest_writes_to_its_disk_does_not_keep_the_server_from_starting(
         assert "the content is a LUKS container" in server.log.read_text()
 
 
+PLACES = {
+    "fleecenbd@.service": "etc/systemd/system/fleecenbd@.service",
+    "fleecenbd@.socket": "etc/systemd/system/fleecenbd@.socket",
+    "fleecenbd-backup@.socket": "etc/systemd/system/fleecenbd-backup@.socket",
+    "web-lvm.conf": "etc/systemd/system/fleecenbd@web.service.d/lvm.conf",
+    "sysusers.conf": "etc/sysusers.d/fleecenbd.conf",
+    "web.conf": "etc/fleecenbd/web.conf",
+    "backup.sh": "opt/fleecenbd/examples/systemd/backup.sh",
+    "../backup-nbdcopy.sh": "opt/fleecenbd/examples/backup-nbdcopy.sh",
+}
+
+
+def test_the_first_steps_put_each_file_where_it_is_looked_for(tmp_path: Path) -> None:
+    lines = first_steps(tmp_path)
+    installed = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert installed == {
+        tmp_path / place: (FOLDER / name).read_bytes() for name, place in PLACES.items()
+    }
+    for path in installed:
+        assert path.stat().st_mode & 0o777 == (0o755 if path.suffix == ".sh" else 0o644)
+    (conf, _) = settings(SERVICE, INSTANCE)["EnvironmentFile"]
+    assert conf == f"/{PLACES['web.conf']}"
+    run("systemd-sysusers", f"--root={tmp_path}")
+    assert "\nfleecenbd:" in "\n" + (tmp_path / "etc" / "passwd").read_text()
+    (link,) = [line.split() for line in lines if line.startswith("ln ")]
+    assert link[3] + Path(link[2]).name == PROGRAM
+    assert link[2] in (EXAMPLES.parent / "docs" / "quickstart.md").read_text()
+
+
 def test_sockets_in_the_options_are_refused(tmp_path: Path) -> None:
     disk = make_disk(tmp_path / "web.raw", 4 * MIB)
     with unit_server(tmp_path) as server:
-        words = _words(tmp_path, disk, OPTIONS=f"-U {tmp_path}/own.sock")
+        words = start_words(tmp_path, disk, OPTIONS=f"-U {tmp_path}/own.sock")
         with pytest.raises(AssertionError, match="ended before it was ready"):
             server.start_with(words)
         assert "--unix cannot be given under socket activation" in server.log.read_text()
