@@ -7,8 +7,8 @@
     cleanup      no callback will come any more: the session ends, images are synced, locks are
                  let go, the thread ends
 
-Between get_ready and after_fork nobody can write to the disks, so that the session holds what it
-would hold had it been armed last.
+Between get_ready and after_fork no guest can write to the disks, so that the session holds what
+it would hold had it been armed last. (Who shares them by force-share is never seen by a session.)
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Client(Protocol):
         """Whether the client is known to have closed its end."""
 
     def drop(self, why: str) -> None:
-        """End at once, with replies unsent."""
+        """End at once, with replies unsent, where the connection is ours to end."""
 
     def abort(self) -> None:
         """End with no more replies; what is in flight goes on."""

@@ -58,10 +58,10 @@ class _Listener:
 class Server:
     """Serves disks and sessions over the sockets it is given.
 
-    Must be made, and called, on the running loop's thread. ``shared``: connections that a guest
-    export admits, 0 for any number. ``default_export``: what the empty name means; None: it is
-    refused, with the list of names. ``guest_records``: where it is noted which guests are
-    connected, for the next server.
+    Must be called on the running loop's thread, whatever loop runs there. ``shared``: connections
+    that a guest export admits, 0 for any number. ``default_export``: what the empty name means;
+    None: it is refused, with the list of names. ``guest_records``: where it is noted which guests
+    are connected, for the next server.
     """
 
     def __init__(
