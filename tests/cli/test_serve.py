@@ -194,7 +194,7 @@ def test_a_socket_has_the_mode_and_group_that_were_asked_for(image: Path, tmp_pa
 
 
 def test_a_backup_socket_shows_fleecing_exports_only(image: Path, tmp_path: Path) -> None:
-    options = ("--begin", "n", "--backup-unix", "b.sock", "--state-dir", "state")
+    options = ("--begin", "n", "--backup-unix", "b.sock")
     with serving(tmp_path, image, *options) as server:
         assert _names("connect_unix", str(server.unix)) == ["vm", "vm@n"]
         assert _names("connect_unix", "b.sock") == ["vm@n"]
