@@ -30,7 +30,7 @@ class ServerLimits:
     """What a BLOCK_STATUS counts as: its reply may become as long."""
     write_bytes_min: int = 64 << 10
     """What a WRITE counts as in a pass, at least: it may have to copy a cluster first."""
-    pass_bytes_max: int = 4 << 20
+    pass_bytes_max: int = 1 << 20
     """Payload bytes served to one client before others get their turn."""
     pass_requests_max: int = 1024
     """Requests of one client served before others get their turn, however small."""
