@@ -2,24 +2,30 @@
 
 What was never written, or was trimmed, reads as zeroes and holds no space.
 
-The file has no name from its first moment: when the last descriptor of it is closed, and so
-whatever happens to the server, its space is free. (A session that outlives its server will need
-a named file: the place for it is ``_create_unnamed``'s neighbour, and ``TempImage``'s own
-constructor, which takes any open descriptor.)
+``create``: the file has no name from its first moment: when the last descriptor of it is closed,
+and so whatever happens to the server, its space is free. ``create_named``: a session that outlives
+its server finds its temp image by name (``reopen``). That file is always a new one, is locked while
+it is open, and is unlinked by whoever made it, after ``wait_closed``: a call that ends late must
+never reach a file that somebody else was given.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 import tempfile
+from contextlib import suppress
 
 from fleecenbd.storage import system_calls
 from fleecenbd.storage.device import Buffer, Data, Extent
 from fleecenbd.storage.file import FileDevice, ReadNow, WriteNow
 from fleecenbd.storage.filesystem import hole_size_of
+from fleecenbd.storage.locks import LockMode, lock_image
 from fleecenbd.storage.pool import SIZE_MAX
 from fleecenbd.storage.space import PUNCH
+
+_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOATIME
 
 
 class TempImage:
@@ -32,11 +38,15 @@ class TempImage:
         size: int,
         *,
         cluster_size: int | None = None,
+        hole_size: int | None = None,
         threads_max: int = SIZE_MAX,
     ) -> None:
-        """Take over the descriptor of an empty file; ``size`` in bytes, as in ``create``."""
+        """Take over the descriptor of an empty file; ``size`` in bytes, as in ``create``.
+
+        ``hole_size``: what it was when the image was made, where the file is not empty.
+        """
         self.name = name
-        self.hole_size = _measured_hole_size(descriptor, name)
+        self.hole_size = _measured_hole_size(descriptor, name) if hole_size is None else hole_size
         if cluster_size is not None:
             # Both are powers of two: a multiple of the larger is a multiple of the other.
             size = _rounded_up(size, max(cluster_size, self.hole_size))
@@ -68,6 +78,56 @@ class TempImage:
         descriptor = _create_unnamed(os.fspath(directory))
         try:
             return cls(descriptor, path, size, cluster_size=cluster_size, threads_max=threads_max)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    @classmethod
+    def create_named(
+        cls,
+        path: str | os.PathLike[str],
+        size: int,
+        *,
+        cluster_size: int | None = None,
+        threads_max: int = SIZE_MAX,
+    ) -> TempImage:
+        """As ``create``, in a new file of this path; EEXIST if there is one. Blocks."""
+        name = os.fspath(path)
+        descriptor = os.open(name, _FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            lock_image(descriptor, name, LockMode.EXCLUSIVE)
+            return cls(descriptor, name, size, cluster_size=cluster_size, threads_max=threads_max)
+        except BaseException:
+            os.close(descriptor)
+            with suppress(OSError):
+                os.unlink(name)
+            raise
+
+    @classmethod
+    def reopen(
+        cls,
+        path: str | os.PathLike[str],
+        size: int,
+        hole_size: int,
+        *,
+        threads_max: int = SIZE_MAX,
+    ) -> TempImage:
+        """Open the file of a ``create_named`` of another process, with what it holds.
+
+        ``size`` and ``hole_size`` are those that it had. Raises OSError; EBUSY while a system
+        call of that process has not ended; EINVAL where it is not the whole file. Blocks.
+        """
+        name = os.fspath(path)
+        descriptor = os.open(name, _FLAGS | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            lock_image(descriptor, name, LockMode.EXCLUSIVE)
+            found = os.fstat(descriptor)
+            expected = _rounded_up(size, hole_size)
+            if not stat.S_ISREG(found.st_mode) or found.st_size != expected:
+                raise OSError(
+                    errno.EINVAL, f"the temp image has {found.st_size} bytes of {expected}", name
+                )
+            return cls(descriptor, name, size, hole_size=hole_size, threads_max=threads_max)
         except BaseException:
             os.close(descriptor)
             raise
@@ -120,9 +180,8 @@ class TempImage:
 
 def _create_unnamed(directory: str) -> int:
     """An open file in ``directory`` that no name leads to."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOATIME
     try:
-        return os.open(directory, flags | os.O_TMPFILE | os.O_EXCL, 0o600)
+        return os.open(directory, _FLAGS | os.O_TMPFILE | os.O_EXCL, 0o600)
     except OSError as error:
         # EISDIR: a kernel that takes the directory for a file to be written.
         if error.errno not in (errno.ENOTSUP, errno.EISDIR, errno.EINVAL):

@@ -97,6 +97,81 @@ def test_a_killed_server_leaves_nothing_behind(directory: Path) -> None:
     assert os.listdir(directory) == []
 
 
+NAMED = """
+import asyncio, os, signal, sys
+from fleecenbd.storage.temp import TempImage
+
+async def main():
+    temp = TempImage.create_named(sys.argv[1] + "/image", (1 << 20) + 512, cluster_size=8192)
+    await temp.pwrite(8192, b"data" * 1024)
+    print(temp.size, temp.hole_size, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def killed_with_an_image(directory: Path) -> list[int]:
+    """The size and the hole size of ``image``, made and written by a process that was killed."""
+    killed = subprocess.run(
+        [sys.executable, "-c", NAMED, directory], stdout=subprocess.PIPE, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    return [int(word) for word in killed.stdout.split()]
+
+
+async def test_a_named_image_is_found_again_after_a_kill(
+    directory: Path, killed_with_an_image: list[int]
+) -> None:
+    size, hole_size = killed_with_an_image
+    path = directory / "image"
+    temp = TempImage.reopen(path, size, hole_size)
+    assert (temp.size, temp.hole_size, temp.name) == (size, hole_size, str(path))
+    assert await temp.pread(8192, 4100) == b"data" * 1024 + bytes(4)
+    assert temp.used_bytes() == 4096
+    await temp.trim(0, size)
+    assert temp.used_bytes() == 0
+    temp.close()
+    await temp.wait_closed()
+    assert path.exists()
+
+
+async def test_a_named_image_is_locked_as_long_as_a_call_can_reach_it(directory: Path) -> None:
+    path = directory / "image"
+    temp = TempImage.create_named(path, SIZE)
+    with pytest.raises(FileExistsError):
+        TempImage.create_named(path, SIZE)
+    with pytest.raises(OSError, match="in use") as caught:
+        TempImage.reopen(path, temp.size, temp.hole_size)
+    assert caught.value.errno == errno.EBUSY
+    temp.close()
+    await temp.wait_closed()
+    TempImage.reopen(path, temp.size, temp.hole_size).close()
+
+
+async def test_a_named_image_of_another_size_is_refused(directory: Path) -> None:
+    path = directory / "image"
+    temp = TempImage.create_named(path, SIZE)
+    temp.close()
+    await temp.wait_closed()
+    os.truncate(path, 4096)
+    with pytest.raises(OSError, match="has 4096 bytes of"):
+        TempImage.reopen(path, temp.size, temp.hole_size)
+
+
+async def test_a_named_image_that_cannot_be_made_leaves_no_file(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(system_calls, "write_all", refuse)
+    with pytest.raises(OSError, match="No space"):
+        TempImage.create_named(directory / "image", SIZE)
+    assert os.listdir(directory) == []
+
+
 async def test_a_file_system_without_unnamed_files_gets_an_unlinked_one(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
