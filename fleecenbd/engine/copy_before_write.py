@@ -79,6 +79,7 @@ class CopyBeforeWrite:
                 stats.guest_wait_s += spent
                 if spent > stats.guest_wait_max_s:
                     stats.guest_wait_max_s = spent
+                stats.guest_wait_times.note(spent)
 
     def _failed(self, claimed: list[Copy]) -> bool:
         """Did a copy that this request claimed fail, on a cluster that still has access?

@@ -26,12 +26,13 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bitarray import bitarray
 
 from fleecenbd.engine.bitmap import Bitmap
 from fleecenbd.engine.reqlist import RangeRequest, RequestList, Waiters
+from fleecenbd.engine.wait_times import WaitTimes
 from fleecenbd.storage.device import Device
 
 BREAK_SNAPSHOT = "break-snapshot"
@@ -60,6 +61,7 @@ class FleeceStats:
     """Guest requests that had to wait for a copy or a frozen read."""
     guest_wait_s: float = 0.0
     guest_wait_max_s: float = 0.0
+    guest_wait_times: WaitTimes = field(default_factory=WaitTimes)
     guest_released_by_trim: int = 0
     """Waiting guest requests that a release of their range woke."""
     frozen_waits: int = 0
