@@ -15,7 +15,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from fleecenbd.server.connection import Connection
 from fleecenbd.server.exports import Export, FleecingExport, GuestExport
 from fleecenbd.server.guest_records import GuestRecords
 from fleecenbd.server.limits import ServerLimits
+from fleecenbd.server.listeners import Listeners
 
 __all__ = ["Server", "ServerLimits"]
 
@@ -39,20 +40,10 @@ STOP_DEADLINE_S = 10.0
 """Seconds that requests in flight have to end when the server stops."""
 CLOSE_DEADLINE_S = 1.0
 """Seconds after that for the last replies to leave, and again for images to be closed."""
-ACCEPT_MAX = 16
-"""Connections accepted in one go."""
-ACCEPT_PAUSE_S = 0.5
-"""Seconds without accepting, after the process or the system ran out of descriptors."""
 FINISHED_MAX = 20
 """Finished sessions that are remembered, for their reason."""
 LISTED_MAX = 20
 """Export names in the message that refuses the empty name."""
-
-
-@dataclass(frozen=True)
-class _Listener:
-    socket: socket.socket
-    backup_only: bool
 
 
 class Server:
@@ -84,9 +75,8 @@ class Server:
         """Names of sessions that are being armed."""
         self._finished: deque[tuple[frozenset[str], str]] = deque(maxlen=FINISHED_MAX)
         """Of each session: the names of its exports, and its result."""
-        self._listeners: list[_Listener] = []
+        self._listeners = Listeners()
         self._accepting: set[asyncio.Task[object]] = set()
-        self._timers: set[asyncio.TimerHandle] = set()
         self._stopping = False
         self._guest_records = guest_records
         if guest_records is not None and not read_only:
@@ -226,49 +216,23 @@ class Server:
 
     def listen(self, sock: socket.socket, *, backup_only: bool = False) -> None:
         """Accept clients on a bound, listening socket, which is the server's from now on."""
-        sock.setblocking(False)
-        listener = _Listener(sock, backup_only)
-        self._listeners.append(listener)
-        self._resume_accepting(listener)
+        self._listeners.add(sock, partial(self._arrived, backup_only=backup_only))
 
-    def _resume_accepting(self, listener: _Listener) -> None:
-        if not self._stopping:
-            asyncio.get_running_loop().add_reader(listener.socket.fileno(), self._accept, listener)
-
-    def _accept(self, listener: _Listener) -> None:
-        loop = asyncio.get_running_loop()
-        for _ in range(ACCEPT_MAX):
-            try:
-                sock, _ = listener.socket.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                # EMFILE and the like: the connection stays in the queue, and the loop must not
-                # spin on it.
-                logger.error("no connection can be accepted: %s", error.strerror)
-                loop.remove_reader(listener.socket.fileno())
-                self._later(ACCEPT_PAUSE_S, listener)
-                return
-            if not self.clients.admit():
-                logger.error(
-                    "a connection was refused: all %d places are taken",
-                    self.clients.limits.clients_max,
-                )
-                sock.close()
-                continue
-            connection = self._prepare(sock, backup_only=listener.backup_only)
-            if connection is not None:
-                task = loop.create_task(self._connect(connection, sock), name="accept")
-                self._accepting.add(task)
-                task.add_done_callback(self._accepting.discard)
-
-    def _later(self, delay_s: float, listener: _Listener) -> None:
-        def resume() -> None:
-            self._timers.discard(timer)
-            self._resume_accepting(listener)
-
-        timer = asyncio.get_running_loop().call_later(delay_s, resume)
-        self._timers.add(timer)
+    def _arrived(self, sock: socket.socket, *, backup_only: bool) -> None:
+        if not self.clients.admit():
+            logger.error(
+                "a connection was refused: all %d places are taken",
+                self.clients.limits.clients_max,
+            )
+            sock.close()
+            return
+        connection = self._prepare(sock, backup_only=backup_only)
+        if connection is not None:
+            task = asyncio.get_running_loop().create_task(
+                self._connect(connection, sock), name="accept"
+            )
+            self._accepting.add(task)
+            task.add_done_callback(self._accepting.discard)
 
     def _prepare(self, sock: socket.socket, *, backup_only: bool) -> Connection | None:
         """Set the socket's options, and take the connection's place; None: it failed already."""
@@ -352,14 +316,7 @@ class Server:
 
     def _stop_listening(self) -> None:
         self._stopping = True
-        loop = asyncio.get_running_loop()
-        for timer in self._timers:
-            timer.cancel()
-        self._timers.clear()
-        for listener in self._listeners:
-            loop.remove_reader(listener.socket.fileno())
-            listener.socket.close()
-        self._listeners.clear()
+        self._listeners.close()
 
 
 async def _within(deadline_s: float, waits: Sequence[Coroutine[Any, Any, None]]) -> None:

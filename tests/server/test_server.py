@@ -10,6 +10,7 @@ import time
 import pytest
 
 from fleecenbd.engine.session import SessionOptions
+from fleecenbd.server import listeners
 from fleecenbd.server import server as server_module
 from fleecenbd.server.limits import ServerLimits
 from tests.nbd import wire
@@ -36,7 +37,7 @@ async def stop(served: Room, deadline_s: float = 5.0) -> float:
 async def test_out_of_descriptors_the_server_goes_on_and_accepts_again_later(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(server_module, "ACCEPT_PAUSE_S", 0.02)
+    monkeypatch.setattr(listeners, "ACCEPT_PAUSE_S", 0.02)
     async with room() as served:
         guest = await served.client("vda")
         client = served.dial()
