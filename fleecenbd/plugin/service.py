@@ -150,7 +150,7 @@ class Service:
 
     def default_export(self) -> str:
         """The export that the empty name means; "": none."""
-        return self._running.default_export or ""
+        return self._running.exports.default or ""
 
     def list_exports(self) -> Sequence[tuple[str, str]]:
         """(name, description) of every export."""

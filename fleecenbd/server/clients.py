@@ -120,6 +120,10 @@ class Clients:
         self.find_export = find_export
         self.list_exports = list_exports
         self.connections: dict[Client, None] = {}
+        self.came: Callable[[Client], None] = lambda client: None
+        """Called with each client whose handshake has ended with an export."""
+        self.went: Callable[[Client], None] = lambda client: None
+        """Called with each of these that has gone."""
         self.guest_came: Callable[[GuestExport, int | None], None] = lambda export, pid: None
         """Called with each client of a guest export that comes, and its process if known."""
         self.guest_left: Callable[[GuestExport], None] = lambda export: None
@@ -184,6 +188,7 @@ class Clients:
 
     def began(self, connection: Client) -> None:
         """The connection's handshake has ended with an export."""
+        self.came(connection)
         export = connection.export
         if isinstance(export, GuestExport):
             self.guest_came(export, connection.pid)
@@ -197,6 +202,7 @@ class Clients:
         if export is None:
             return
         logger.info("%s: gone from %s", connection.peer, export.info.name)
+        self.went(connection)
         if isinstance(export, GuestExport) and not self.of(export):
             self.guest_left(export)
         if export.is_guest and in_flight:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.fleece import Fleece
@@ -162,8 +162,18 @@ class FleecingExport:
         )
         self.read_now: ReadNow = fleece.read_now
         self.read: Read = fleece.read
-        self.trim_now = fleece.trim_now
+        self.trim_now: Callable[[int, int], bool] = fleece.trim_now
         self.trim = fleece.trim
+        self._used: Callable[[], None] | None = None
+
+    def tell_use(self, used: Callable[[], None]) -> None:
+        """Call ``used`` with each request from now on; before the first client comes only.
+
+        Costs the requests of this export a call, and nobody else's.
+        """
+        self._used = used
+        self.read_now = _telling(used, self.read_now)
+        self.trim_now = _telling(used, self.trim_now)
 
     def write_now(self, offset: int, data: Data) -> bool:
         """Refused: EPERM. RequestRules answers before."""
@@ -188,9 +198,24 @@ class FleecingExport:
         self, names: list[str], offset: int, length: int, *, one: bool
     ) -> list[list[Extent]]:
         """What was allocated at arming, and what may still be read, as of this call's end."""
+        if self._used is not None:
+            self._used()
         allocation: list[Extent] = []
         if BASE_ALLOCATION in names:
             allocation = await self.fleece.status(offset, length, one=one)
         # Taken in the last step before the reply.
         access = self.fleece.access_status(offset, length) if ACCESS in names else []
         return [allocation if name == BASE_ALLOCATION else access for name in names]
+
+
+Answer = TypeVar("Answer")
+
+
+def _telling(
+    used: Callable[[], None], call: Callable[[int, int], Answer]
+) -> Callable[[int, int], Answer]:
+    def telling(offset: int, length: int) -> Answer:
+        used()
+        return call(offset, length)
+
+    return telling

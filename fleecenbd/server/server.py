@@ -13,8 +13,7 @@ import errno
 import logging
 import socket
 import time
-from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,11 +21,21 @@ from typing import Any
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.session import MakeTemp, Session, SessionOptions, arm
-from fleecenbd.nbd.constants import NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN
-from fleecenbd.nbd.errors import NegotiationError, shown_name
+from fleecenbd.nbd.errors import shown_name
 from fleecenbd.server import client_sockets
-from fleecenbd.server.clients import Clients
+from fleecenbd.server.catalog import Exports
+from fleecenbd.server.clients import Client, Clients
 from fleecenbd.server.connection import Connection
+from fleecenbd.server.events import (
+    CLIENT_CAME,
+    CLIENT_WENT,
+    DISK_ADDED,
+    DISK_REMOVED,
+    SESSION_BEGUN,
+    SESSION_BROKEN,
+    SESSION_FINISHED,
+    Events,
+)
 from fleecenbd.server.exports import Export, FleecingExport, GuestExport
 from fleecenbd.server.guest_records import GuestRecords
 from fleecenbd.server.limits import ServerLimits
@@ -40,10 +49,6 @@ STOP_DEADLINE_S = 10.0
 """Seconds that requests in flight have to end when the server stops."""
 CLOSE_DEADLINE_S = 1.0
 """Seconds after that for the last replies to leave, and again for images to be closed."""
-FINISHED_MAX = 20
-"""Finished sessions that are remembered, for their reason."""
-LISTED_MAX = 20
-"""Export names in the message that refuses the empty name."""
 
 
 class Server:
@@ -64,24 +69,31 @@ class Server:
         read_only: bool = False,
         guest_records: GuestRecords | None = None,
     ) -> None:
-        self.default_export = default_export
         self.disks: dict[str, Disk] = {}
         self.sessions: dict[str, Session] = {}
-        self.clients = Clients(limits or ServerLimits(), self._find_export, self._list_exports)
+        self.exports = Exports(default_export)
+        self.clients = Clients(limits or ServerLimits(), self.exports.find, self.exports.listed)
         self._shared = shared
         self._read_only = read_only
-        self._exports: dict[str, Export] = {}
-        self._beginning: set[str] = set()
-        """Names of sessions that are being armed."""
-        self._finished: deque[tuple[frozenset[str], str]] = deque(maxlen=FINISHED_MAX)
-        """Of each session: the names of its exports, and its result."""
+        self._beginning: dict[str, list[str]] = {}
+        """Sessions that are being armed, and their disks."""
+        self.events = Events()
+        self.finishing: list[Callable[[Session, bool], None]] = []
+        """Called with each session that ends, and whether it failed, while all is there still."""
         self._listeners = Listeners()
         self._accepting: set[asyncio.Task[object]] = set()
         self._stopping = False
         self._guest_records = guest_records
+        self.clients.came = partial(self._tell_client, CLIENT_CAME)
+        self.clients.went = partial(self._tell_client, CLIENT_WENT)
         if guest_records is not None and not read_only:
             self.clients.guest_came = self._guest_came
             self.clients.guest_left = self._guest_left
+
+    def _tell_client(self, kind: str, client: Client) -> None:
+        export = client.export
+        if export is not None:
+            self.events.tell(kind, export=export.info.name, client=client.peer)
 
     def _guest_came(self, export: GuestExport, pid: int | None) -> None:
         assert self._guest_records is not None, "it is told only then"
@@ -99,10 +111,75 @@ class Server:
         """Serve a disk. Raises OSError(EEXIST) if its name is taken."""
         if disk.name in self.disks:
             raise OSError(errno.EEXIST, f"there is a disk called {disk.name} already")
+        if self._stopping:
+            raise OSError(errno.ESHUTDOWN, f"disk {disk.name} cannot come: the server is stopping")
         self.disks[disk.name] = disk
         # Readers of what nobody writes are in nobody's way.
         shared = 0 if self._read_only else self._shared
-        self._exports[disk.name] = GuestExport(disk, read_only=self._read_only, shared=shared)
+        self.exports[disk.name] = GuestExport(disk, read_only=self._read_only, shared=shared)
+        self.events.tell(DISK_ADDED, disk=disk.name, image=disk.device.name)
+
+    async def remove_disk(self, name: str) -> None:
+        """Serve a disk no more; sync and close its image.
+
+        Raises OSError: ENOENT; EBUSY while a client or a session needs it, and then nothing has
+        changed; any other where it is served no more, but was not synced.
+        """
+        disk, export = self.disk(name), self.exports[name]
+        for session, disks in [*self._disks_of_sessions().items(), *self._beginning.items()]:
+            if name in disks:
+                raise OSError(
+                    errno.EBUSY, f"disk {name} is in session {session}; finish that first"
+                )
+        for client in self.clients_of(name):
+            if not client.peer_has_gone():
+                raise OSError(
+                    errno.EBUSY, f"disk {name} is in use by {client.peer}; end that guest first"
+                )
+            client.drop("its client has gone")
+        leftovers = self.clients.predecessors(export)
+        del self.disks[name], self.exports[name]
+        self.events.tell(DISK_REMOVED, disk=name)
+        try:
+            async with asyncio.timeout(STOP_DEADLINE_S):
+                if leftovers:
+                    await asyncio.wait(leftovers)
+                if not self._read_only:
+                    await disk.flush()
+                disk.device.close()
+                await disk.device.wait_closed()
+        except TimeoutError:
+            raise OSError(
+                errno.EIO, "served no more, but its image hangs, and is not synced or closed", name
+            ) from None
+        finally:
+            disk.device.close()
+        logger.info("disk %s: removed, synced and closed", name)
+
+    def disk(self, name: str) -> Disk:
+        """The disk of this name. Raises OSError(ENOENT)."""
+        disk = self.disks.get(name)
+        if disk is None:
+            raise OSError(errno.ENOENT, f"there is no disk called {shown_name(name)}")
+        return disk
+
+    def session(self, name: str) -> Session:
+        """The session of this name that is not finished. Raises OSError(ENOENT)."""
+        session = self.sessions.get(name)
+        if session is None:
+            raise OSError(errno.ENOENT, f"there is no session called {shown_name(name)}")
+        return session
+
+    def clients_of(self, export: str) -> list[Client]:
+        """Who is connected to the export of this name, oldest first."""
+        found = self.exports.get(export)
+        return [] if found is None else self.clients.of(found)
+
+    def _disks_of_sessions(self) -> dict[str, list[str]]:
+        return {
+            name: [fleece.disk.name for fleece in session.fleeces]
+            for name, session in self.sessions.items()
+        }
 
     async def begin(
         self,
@@ -115,16 +192,16 @@ class Server:
         if name in self.sessions or name in self._beginning:
             raise OSError(errno.EEXIST, f"there is a session called {name} already")
         names = list(self.disks) if disks is None else list(disks)
-        for disk_name in names:
-            if disk_name not in self.disks:
-                raise OSError(errno.ENOENT, f"there is no disk called {disk_name}")
-        self._beginning.add(name)
+        if not names:
+            raise OSError(errno.EINVAL, f"session {name} would be over no disk; name one")
+        if len(set(names)) < len(names):
+            raise OSError(errno.EINVAL, f"session {name}: a disk is named twice; name it once")
+        chosen = [self.disk(disk) for disk in names]
+        self._beginning[name] = names
         try:
-            session = await arm(
-                name, [self.disks[disk] for disk in names], options, make_temp, clock=time.time
-            )
+            session = await arm(name, chosen, options, make_temp, clock=time.time)
         finally:
-            self._beginning.discard(name)
+            del self._beginning[name]
         if self._stopping:
             session.finish(failed=True)
             raise OSError(errno.ESHUTDOWN, f"session {name} cannot begin: the server is stopping")
@@ -135,7 +212,7 @@ class Server:
                 fleece,
                 description=f"{fleece.disk.name} as of {moment}, session {name} {session.id}",
             )
-            self._exports[fleece.name] = export
+            self.exports[fleece.name] = export
             fleece.state.on_dead.append(partial(self._fleece_died, fleece, export))
         logger.info(
             "session %s %s: begun over %s; guests were held for %.1f ms",
@@ -144,22 +221,25 @@ class Server:
             ", ".join(names),
             session.pause_s * 1000,
         )
+        self.events.tell(SESSION_BEGUN, session=name, id=session.id, disks=names)
         return session
 
     def finish(self, name: str, *, failed: bool = False) -> Session:
         """End a session: its exports go, its requests get ESHUTDOWN. Raises OSError(ENOENT)."""
-        session = self.sessions.pop(name, None)
-        if session is None:
-            raise OSError(errno.ENOENT, f"there is no session called {name}")
+        session = self.session(name)
+        for call in self.finishing:
+            call(session, failed or session.state == "broken")
+        del self.sessions[name]
         session.finish(failed=failed)
         result = "failed" if session.failed else "success"
-        names = frozenset(fleece.name for fleece in session.fleeces)
-        self._finished.append((names, f"session {name} is finished ({result})"))
+        names = [fleece.name for fleece in session.fleeces]
+        self.exports.session_is_gone(names, f"session {name} is finished ({result})")
         for fleece in session.fleeces:
-            export = self._exports.pop(fleece.name)
+            export = self.exports.pop(fleece.name)
             # A fleece that had broken told its clients so then; now they lose their export.
             self._end_clients(fleece, export)
-        logger.info("session %s %s: finished", name, session.id)
+        logger.info("session %s %s: finished (%s)", name, session.id, result)
+        self.events.tell(SESSION_FINISHED, session=name, id=session.id, result=result)
         return session
 
     def _fleece_died(self, fleece: Fleece, export: FleecingExport) -> None:
@@ -170,6 +250,8 @@ class Server:
             fleece.name,
             fleece.broken,
         )
+        disk, _, session = fleece.name.partition("@")
+        self.events.tell(SESSION_BROKEN, session=session, disk=disk, reason=fleece.broken)
         export.info = replace(export.info, description=f"{export.info.description}, broken")
         for connection in self.clients.of(export):
             connection.fail_pending(fleece.state.death())
@@ -177,40 +259,6 @@ class Server:
     def _end_clients(self, fleece: Fleece, export: Export) -> None:
         for connection in self.clients.of(export):
             connection.finish(fleece.state.death())
-
-    # -- exports ---------------------------------------------------------------------------
-
-    def _find_export(self, name: str, backup_only: bool) -> Export:
-        if name == "":
-            if self.default_export is None:
-                raise NegotiationError(NBD_REP_ERR_POLICY, self._no_default(backup_only))
-            name = self.default_export
-        export = self._exports.get(name)
-        if export is None:
-            for finished, reason in reversed(self._finished):
-                if name in finished:
-                    raise NegotiationError(NBD_REP_ERR_UNKNOWN, f"{shown_name(name)}: {reason}")
-            raise NegotiationError(
-                NBD_REP_ERR_UNKNOWN, f"there is no export called {shown_name(name)}"
-            )
-        if backup_only and export.is_guest:
-            raise NegotiationError(
-                NBD_REP_ERR_POLICY,
-                f"{shown_name(name)} is a guest's disk; this listener serves backups only",
-            )
-        return export
-
-    def _list_exports(self, backup_only: bool) -> list[tuple[str, str]]:
-        return [
-            (name, export.info.description)
-            for name, export in self._exports.items()
-            if not (backup_only and export.is_guest)
-        ]
-
-    def _no_default(self, backup_only: bool) -> str:
-        names = [name for name, _ in self._list_exports(backup_only)]
-        shown = ", ".join(names[:LISTED_MAX]) + (", …" if len(names) > LISTED_MAX else "")
-        return f"name an export: {shown or 'there is none yet'}"
 
     # -- listening -------------------------------------------------------------------------
 
@@ -317,6 +365,7 @@ class Server:
     def _stop_listening(self) -> None:
         self._stopping = True
         self._listeners.close()
+        self.events.end()
 
 
 async def _within(deadline_s: float, waits: Sequence[Coroutine[Any, Any, None]]) -> None:

@@ -290,7 +290,7 @@ class Room:
 
     def connection(self, export: str, index: int = 0) -> Connection:
         """The server's end of a client's connection, by age."""
-        return self.server.clients.of(self.server._exports[export])[index]
+        return self.server.clients.of(self.server.exports[export])[index]
 
     async def gone(self, connections: Sequence[Connection] | None = None) -> None:
         """Return when these connections (all, if none are given) have gone."""

@@ -218,10 +218,10 @@ async def test_a_name_that_is_taken_and_a_disk_that_is_not_there_are_refused() -
         with pytest.raises(OSError, match="there is a session called n already") as taken:
             await served.begin("n")
         assert taken.value.errno == errno.EEXIST
-        with pytest.raises(OSError, match="there is no disk called vdz") as missing:
+        with pytest.raises(OSError, match="there is no disk called 'vdz'") as missing:
             await served.begin("m", ["vdz"])
         assert missing.value.errno == errno.ENOENT
-        with pytest.raises(OSError, match="there is no session called m"):
+        with pytest.raises(OSError, match="there is no session called 'm'"):
             served.server.finish("m")
         with pytest.raises(OSError, match="there is a disk called vda already"):
             served.add_disk("vda")
