@@ -327,6 +327,12 @@ class FileDevice:
             raise closed_error(self.name)
         return os.fstat(self._descriptor).st_blocks * 512
 
+    def status(self) -> os.stat_result:
+        """fstat(2) of the image."""
+        if self._descriptor < 0:
+            raise closed_error(self.name)
+        return os.fstat(self._descriptor)
+
     # Durable, and closed
 
     def flush_now(self) -> bool:
@@ -340,12 +346,21 @@ class FileDevice:
         if not self.read_only:
             await self._pool.run(self._sync.run, self._descriptor)
 
-    def close(self) -> None:
-        """Take no more calls; the file and its locks go when the last call has ended."""
+    def close(self, then: Callable[[], None] | None = None) -> None:
+        """Take no more calls; the file and its locks go when the last call has ended.
+
+        ``then`` is called after that, by a thread of the pool.
+        """
         descriptor = self._descriptor
         if descriptor >= 0:
             self._descriptor = -1  # EBADF for the inline calls
-            self._pool.close(lambda: os.close(descriptor))
+
+            def last() -> None:
+                os.close(descriptor)
+                if then is not None:
+                    then()
+
+            self._pool.close(last)
 
     async def wait_closed(self) -> None:
         """Return when the last call has ended and the descriptor is closed."""

@@ -15,6 +15,7 @@ import errno
 import os
 import stat
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 
 from fleecenbd.storage import system_calls
@@ -46,6 +47,8 @@ class TempImage:
         ``hole_size``: what it was when the image was made, where the file is not empty.
         """
         self.name = name
+        self.on_closed: Callable[[], None] | None = None
+        """Called once the file is closed, by another thread."""
         self.hole_size = _measured_hole_size(descriptor, name) if hole_size is None else hole_size
         if cluster_size is not None:
             # Both are powers of two: a multiple of the larger is a multiple of the other.
@@ -170,8 +173,9 @@ class TempImage:
         return await self._file.extents(offset, length)
 
     def close(self) -> None:
-        """Take no more calls; the file and its space go when the last call has ended."""
-        self._file.close()
+        """Take no more calls; the file is closed when the last call has ended: the space of an
+        unnamed one goes with it."""
+        self._file.close(self.on_closed)
 
     async def wait_closed(self) -> None:
         """Return when the file is gone."""
