@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -79,6 +77,10 @@ def open_endpoints(addresses: Addresses, cleanup: ExitStack) -> list[Endpoint]:
     path = addresses.unix
     try:
         if path == PRIVATE:
+            # Only here: they take a while to import, and a server is to start fast.
+            import shutil
+            import tempfile
+
             directory = tempfile.mkdtemp(prefix="fleecenbd-")  # mode 0700
             files.callback(partial(shutil.rmtree, directory, ignore_errors=True))
             path = os.path.join(directory, "nbd.sock")

@@ -9,7 +9,6 @@ exception is one line too.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import select
@@ -44,6 +43,12 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, level, logger, message; traceback at level debug."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        import json  # only here: few servers log it, and all must start fast
+
+        self._dumps = json.dumps
+
     def format(self, record: logging.LogRecord) -> str:
         entry = {
             "time": _moment(record),
@@ -53,7 +58,7 @@ class JsonFormatter(logging.Formatter):
         }
         if (traceback := _traceback(self, record)) is not None:
             entry["traceback"] = traceback
-        return json.dumps(entry, ensure_ascii=False)
+        return self._dumps(entry, ensure_ascii=False)
 
 
 def _moment(record: logging.LogRecord) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -39,7 +38,7 @@ def pidfile(path: Path) -> Iterator[None]:
     """Our pid in a file, whole from its first moment; removed at the end if it is still ours."""
     text = f"{os.getpid()}\n"
     # In a directory that others may write, a name that they can guess could be a link of theirs.
-    draft = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+    draft = path.parent / f".{path.name}.{os.urandom(8).hex()}"
     try:
         descriptor = os.open(draft, _NEW_FILE, 0o666)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 
 logger = logging.getLogger(__name__)
@@ -31,3 +32,13 @@ def keep_buffers_on_the_heap() -> None:
         mallopt(_M_MMAP_THRESHOLD, BUFFER_LENGTH_MAX) and mallopt(_M_TRIM_THRESHOLD, HEAP_KEPT_MAX)
     ):
         logger.debug("the allocator keeps its own thresholds")
+
+
+def start_collecting() -> None:
+    """End the command's pause of garbage collection: what is there by now, code mostly, stays.
+
+    So collections never walk through it, which would take longer than most requests do.
+    """
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()

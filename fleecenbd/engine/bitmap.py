@@ -13,9 +13,13 @@ past the last cluster stay clear.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 
 from bitarray import bitarray
+
+MAPPED_LENGTH_MIN = 1 << 20
+"""Bytes. Longer bitmaps have memory of their own, straight from the kernel."""
 
 
 class Bitmap:
@@ -45,8 +49,15 @@ class Bitmap:
         self.shift = cluster_size.bit_length() - 1
         self.clusters = (size + cluster_size - 1) >> self.shift
         if buffer is None:
-            self.bits = bitarray(self.clusters, endian="little")
-            self.bits.setall(fill)
+            length = self.bitmap_length(size, cluster_size)
+            if length < MAPPED_LENGTH_MIN:
+                self.bits = bitarray(self.clusters, endian="little")
+                self.bits.setall(fill)
+                return
+            self.bits = bitarray(buffer=_mapped(length, populate=fill), endian="little")
+            if fill:
+                self.bits.setall(1)
+                self.bits[self.clusters :] = 0
             return
         if fill:
             raise ValueError("a buffer brings its own bits: fill must be left out")
@@ -118,6 +129,16 @@ class Bitmap:
         if self.bits[self.clusters - 1]:
             total -= (self.clusters << self.shift) - self.size
         return total
+
+
+def _mapped(length: int, *, populate: bool) -> mmap.mmap:
+    """Memory that is all zero, and takes none until it is written.
+
+    The first touch of a page is a fault, which may cost more than all else that is done there:
+    ``populate`` gets them all in one call.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return mmap.mmap(-1, length, flags=flags | mmap.MAP_POPULATE if populate else flags)
 
 
 def cluster_runs(bits: bitarray, first: int, end: int) -> Iterator[tuple[int, int]]:

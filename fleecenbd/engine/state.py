@@ -174,7 +174,7 @@ class FleeceState:
         self.on_dead: list[Callable[[], None]] = []
         """Called once, in the step in which the fleece breaks or finishes."""
         self.stats = FleeceStats()
-        self.stats.temp_clusters = self.charged.bits.count(1)
+        self.stats.temp_clusters = 0 if target_reads_zero else self.clusters
 
     # -- the one release -------------------------------------------------------------------
 

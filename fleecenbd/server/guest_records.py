@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -53,7 +52,10 @@ class GuestRecords:
         """
         path = self._path(image)
         try:
-            record = json.loads(path.read_text())
+            text = path.read_text()
+            import json  # only where there is a record: a server is to start fast
+
+            record = json.loads(text)
             was, pid, boot = int(record["size"]), record["pid"], record["boot"]
             started = record.get("started")
         except (FileNotFoundError, NotADirectoryError):
@@ -91,6 +93,8 @@ class GuestRecords:
         """A guest has connected, and may write. ``pid`` None: it is on another machine."""
 
         def note() -> None:
+            import json
+
             record = {
                 "image": str(image),
                 "size": size,

@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -190,6 +189,9 @@ def _create_unnamed(directory: str) -> int:
         # EISDIR: a kernel that takes the directory for a file to be written.
         if error.errno not in (errno.ENOTSUP, errno.EISDIR, errno.EINVAL):
             raise
+    # Only here: few file systems need it, and a server is to start fast.
+    import tempfile
+
     descriptor, path = tempfile.mkstemp(prefix=".fleecenbd-", dir=directory)
     os.unlink(path)
     return descriptor

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 import fleecenbd
-from fleecenbd.cli import main
+from fleecenbd.cli import command_line, main
 from fleecenbd.cli.errors import HINTS, reason
 from fleecenbd.storage.file import FileDevice
 from fleecenbd.storage.locks import LockMode, lock_image
@@ -338,7 +338,7 @@ def test_help_tells_every_option_with_its_default(
     monkeypatch.setenv("COLUMNS", "200")
     assert main.run(["serve", "--help"]) == 0
     text = capfd.readouterr().out
-    command = typer.main.get_command(main.app).commands["serve"]
+    command = typer.main.get_command(command_line.app).commands["serve"]
     options = [name for parameter in command.params for name in parameter.opts]
     assert len(options) > 25
     for name in options:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
-from fleecenbd.engine.bitmap import Bitmap, cluster_runs
+from fleecenbd.engine.bitmap import MAPPED_LENGTH_MIN, Bitmap, cluster_runs
 
 CLUSTER = 4096
 
@@ -68,3 +71,41 @@ def test_the_bytes_of_clusters_end_with_the_disk() -> None:
     bitmap = Bitmap(2 * CLUSTER + 100, CLUSTER)
     assert bitmap.bytes_of(1, 2) == (CLUSTER, CLUSTER)
     assert bitmap.bytes_of(1, 3) == (CLUSTER, CLUSTER + 100)
+
+
+@pytest.mark.parametrize("more", [-8, -1, 0, 1, 5, 8])
+@pytest.mark.parametrize("fill", [False, True])
+def test_a_bitmap_with_memory_of_its_own_is_like_any_other(fill: bool, more: int) -> None:
+    clusters = MAPPED_LENGTH_MIN * 8 + more
+    size = clusters * CLUSTER - 1
+    bitmap = Bitmap(size, CLUSTER, fill=fill)
+    assert bitmap.clusters == clusters
+    assert bitmap.count_bytes() == (size if fill else 0)
+    assert bitmap.bits.count(1) == (clusters if fill else 0)  # nothing is set past the end
+    bitmap.set(size - 1, 1)
+    bitmap.clear(0, 1)
+    assert bitmap.bits[clusters - 1] == 1
+    assert bitmap.bits[0] == 0
+    assert list(bitmap.runs(0, 2 * CLUSTER)) == (
+        [(0, CLUSTER, False), (CLUSTER, CLUSTER, True)] if fill else [(0, 2 * CLUSTER, False)]
+    )
+
+
+RESIDENT = """
+import sys
+from fleecenbd.engine.bitmap import Bitmap
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+before = resident()
+bitmap = Bitmap(64 << 20, 1, fill=sys.argv[1] == "filled")
+print(resident() - before)
+"""
+
+
+def test_memory_of_a_clear_bitmap_is_taken_as_it_is_written() -> None:
+    def resident(how: str) -> int:
+        command = [sys.executable, "-c", RESIDENT, how]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert resident("filled") > 7 << 20
+    assert resident("clear") < 1 << 20

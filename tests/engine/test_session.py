@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import uuid
 
 import pytest
 
@@ -114,7 +115,9 @@ async def test_a_session_knows_what_it_was_armed_with() -> None:
     assert temps.asked == [(disks[0], CLUSTER), (disks[1], CLUSTER)]
     assert (session.name, session.armed_at, session.pause_s) == ("nightly", 1234.5, 0.0)
     assert session.options.temp_limit == CLUSTER
-    assert len(session.id) == 36
+    assert uuid.UUID(session.id).version == 4
+    assert str(uuid.UUID(session.id)) == session.id
+    assert uuid.UUID(session.id).variant == uuid.RFC_4122
     for fleece, disk, temp in zip(session.fleeces, disks, temps.made, strict=True):
         assert fleece.name == f"{disk.name}@nightly"
         assert fleece.disk is disk
