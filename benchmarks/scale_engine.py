@@ -61,7 +61,7 @@ async def measure(image: Path, folder: Path, sessions: int, requests: int) -> di
 
 
 async def _armed(name: str, disk: Disk, folder: Path) -> Session:
-    async def make_temp(disk: Disk, cluster_size: int) -> Device:
+    async def make_temp(disk: Disk, cluster_size: int, session_id: str) -> Device:
         return TempImage.create(folder, name, disk.size, cluster_size=cluster_size)
 
     return await arm(name, [disk], SessionOptions(), make_temp, clock=time.time)

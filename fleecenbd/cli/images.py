@@ -110,7 +110,7 @@ class TempDirectory:
         self._session = session
         self._pool = ThreadPool(str(path), "temp images", size_max=1)
 
-    async def make(self, disk: Disk, cluster_size: int) -> Device:
+    async def make(self, disk: Disk, cluster_size: int, session_id: str) -> Device:
         """An empty temp image for the disk (engine.session.MakeTemp). Raises OSError.
 
         An image that nobody waits for any more when it is made is closed.

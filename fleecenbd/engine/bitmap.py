@@ -69,10 +69,18 @@ class Bitmap:
         whole[self.clusters :] = 0
         self.bits = whole
 
+    def __str__(self) -> str:
+        """A digit for each cluster, without what fills a buffer's last byte."""
+        return self.bits[: self.clusters].to01()
+
     @staticmethod
     def bitmap_length(size: int, cluster_size: int) -> int:
         """Bytes that a buffer for such a bitmap takes."""
         return (-(-size // cluster_size) + 7) // 8
+
+    def detach(self) -> None:
+        """Let go of the caller's buffer: the bits go on in memory of their own."""
+        self.bits = bitarray(self.bits)
 
     def span(self, offset: int, length: int) -> tuple[int, int]:
         """The clusters ``[first, end)`` that the bytes touch."""

@@ -4,7 +4,7 @@ A guest's write in steps:
 
     1  go through every fleece's copy-before-write            (all at the same time)
     2  look once more: held, it waits; a fleece installed since, it goes through that one first
-    3  in the same step: start the active write
+    3  in the same step: set its bits in the recording bitmaps, and start the active write
 
 Arming holds new active writes and waits for those in flight, so that a session begins between
 two active writes. A write that waits in some copy-before-write has not touched the active image
@@ -18,10 +18,14 @@ import errno
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from bitarray import bitarray
+
 from fleecenbd.engine.bitmap import cluster_runs
 from fleecenbd.engine.extents import windowed_status
 from fleecenbd.engine.fleece import Fleece
+from fleecenbd.engine.recording import RecordingBitmap, check_removable
 from fleecenbd.engine.reqlist import Waiters
+from fleecenbd.engine.store import Stamps
 from fleecenbd.storage.device import Buffer, Data, Device, Extent
 
 WRITE_NOW_LENGTH_MAX = 1 << 20
@@ -44,7 +48,17 @@ class Disk:
         """Guest requests that are changing the active image now."""
         self.writes = 0
         """Guest requests that may have changed the active image since the start."""
-        self._active_calls: set[asyncio.Task[None]] = set()
+        self.bitmaps: dict[str, RecordingBitmap] = {}
+        """Those that record; ``add_bitmap`` and ``remove_bitmap`` change this."""
+        self.bitmaps_begun: dict[str, str] = {}
+        """Name of a bitmap that is being made to the name of the session that makes it."""
+        self._stamps: Stamps | None = None
+        self._recorded: list[tuple[bitarray, int]] = []
+        """Of each bitmap that records: (bits, shift)."""
+        self._noted = False
+        """Somebody is told of active writes: a bitmap, or stamps."""
+        self._active_calls: dict[asyncio.Task[None], list[tuple[int, int]]] = {}
+        """Active writes in flight, each with its byte ranges."""
         self._holds = 0
         self._held = Waiters()
         self._idle = Waiters()
@@ -64,10 +78,21 @@ class Disk:
                 offset >> shift, ((offset + length - 1) >> shift) + 1
             ):
                 return False
+        if self._noted:
+            return self._noted_write_now(offset, data)
         if self.device.pwrite_now(offset, data):
             self.writes += 1
             return True
         return False
+
+    def _noted_write_now(self, offset: int, data: Data) -> bool:
+        self._note_begin([(offset, len(data))])
+        try:
+            written = self.device.pwrite_now(offset, data)
+        finally:
+            self._note_end()
+        self.writes += written
+        return written
 
     async def write(self, offset: int, data: Data) -> None:
         """Write once no fleece needs the old data. Raises OSError.
@@ -75,8 +100,9 @@ class Disk:
         Cancelling it before the active write has started writes nothing; afterwards the write
         goes on, as every device call does, and arming waits for it.
         """
-        await self._before_write([(offset, len(data))])
-        await self._active(self.device.pwrite(offset, data))
+        ranges = [(offset, len(data))]
+        await self._before_write(ranges)
+        await self._active(ranges, self.device.pwrite(offset, data))
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_trim: bool = True, fast: bool = False
@@ -89,7 +115,9 @@ class Disk:
         if fast and self._must_copy(offset, length):
             raise OSError(errno.ENOTSUP, f"{self.name}: old data must be copied first")
         await self._before_write(_pieces(offset, length))
-        await self._active(self.device.zero(offset, length, may_trim=may_trim, fast=fast))
+        await self._active(
+            [(offset, length)], self.device.zero(offset, length, may_trim=may_trim, fast=fast)
+        )
 
     async def trim(self, offset: int, length: int) -> None:
         """A guest's discard, a hint: leaves alone what would have to be copied first.
@@ -105,7 +133,7 @@ class Disk:
                     await self._before_write([(start, run)])
                 except OSError:
                     continue
-                await self._active(self.device.trim(start, run))
+                await self._active([(start, run)], self.device.trim(start, run))
 
     def flush_now(self) -> bool:
         """Whether every write that was replied to is durable already."""
@@ -136,19 +164,23 @@ class Disk:
                 return
             passed.update(fleeces)
 
-    async def _active(self, call: Coroutine[Any, Any, None]) -> None:
-        """The active write, in a task of its own: it is in flight until the call has ended,
-        whatever becomes of the request, and arming waits for it."""
+    async def _active(self, ranges: list[tuple[int, int]], call: Coroutine[Any, Any, None]) -> None:
+        """The active write to these byte ranges, in a task of its own: it is in flight until the
+        call has ended, whatever becomes of the request, and arming waits for it."""
+        if self._noted:
+            self._note_begin(ranges)
         task = asyncio.get_running_loop().create_task(call, name=f"active write to {self.name}")
         self.active_writes += 1
-        self._active_calls.add(task)
+        self._active_calls[task] = ranges
         task.add_done_callback(self._active_ended)
         await asyncio.shield(task)
 
     def _active_ended(self, task: asyncio.Task[None]) -> None:
-        self._active_calls.discard(task)
+        del self._active_calls[task]
         self.active_writes -= 1
         self.writes += 1
+        if self._noted:
+            self._note_end()
         if not self.active_writes:
             self._idle.wake_all()
 
@@ -178,6 +210,67 @@ class Disk:
                     free.append((low_byte, min(stop, (first + high) << state.shift) - low_byte))
             ranges = free
         return [part for part in ranges if part[1] >= TRIM_PART_MIN or part[1] == length]
+
+    # -- recording -------------------------------------------------------------------------
+
+    def add_bitmap(self, bitmap: RecordingBitmap) -> None:
+        """Record in it from this step on, beginning with the active writes in flight.
+
+        Raises OSError: EEXIST, EINVAL for another size.
+        """
+        name = bitmap.name
+        if name in self.bitmaps or name in self.bitmaps_begun:
+            raise OSError(errno.EEXIST, f"{self.name} has a bitmap called {name} already")
+        if bitmap.size != self.size:
+            raise OSError(
+                errno.EINVAL,
+                f"bitmap {name} is of {bitmap.size} bytes, and {self.name} of {self.size}",
+            )
+        self.put_bitmap(name, bitmap)
+        for ranges in self._active_calls.values():
+            for offset, length in ranges:
+                bitmap.bitmap.set(offset, length)
+
+    def remove_bitmap(self, name: str) -> RecordingBitmap:
+        """Record in it no longer; the caller closes it. Raises OSError: ENOENT, EBUSY."""
+        bitmap = self.bitmaps.get(name)
+        if bitmap is None:
+            raise OSError(errno.ENOENT, f"{self.name} has no bitmap called {name}")
+        check_removable(bitmap)
+        self.put_bitmap(name, None)
+        return bitmap
+
+    def put_bitmap(self, name: str, bitmap: RecordingBitmap | None) -> None:
+        """What is called ``name`` from this step on; None: nothing. For sessions."""
+        if bitmap is not None:
+            self.bitmaps[name] = bitmap
+        else:
+            self.bitmaps.pop(name, None)
+        self._recorded = [(b.bitmap.bits, b.bitmap.shift) for b in self.bitmaps.values()]
+        self._noted = bool(self._recorded) or self._stamps is not None
+
+    @property
+    def stamps(self) -> Stamps | None:
+        """Who is told when an active write begins and ends; set while none is in flight."""
+        return self._stamps
+
+    @stamps.setter
+    def stamps(self, stamps: Stamps | None) -> None:
+        assert not self.active_writes, "an active write that began unseen would end"
+        self._stamps = stamps
+        self._noted = bool(self._recorded) or stamps is not None
+
+    def _note_begin(self, ranges: list[tuple[int, int]]) -> None:
+        """In the step that starts an active write, before it."""
+        for bits, shift in self._recorded:
+            for offset, length in ranges:
+                bits[offset >> shift : ((offset + length - 1) >> shift) + 1] = 1
+        if self._stamps is not None:
+            self._stamps.begin()
+
+    def _note_end(self) -> None:
+        if self._stamps is not None:
+            self._stamps.end()
 
     # -- arming ----------------------------------------------------------------------------
 

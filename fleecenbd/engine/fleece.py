@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fleecenbd.engine.block_copy import BlockCopy
 from fleecenbd.engine.copy_before_write import CopyBeforeWrite
+from fleecenbd.engine.own_bits import OwnBits
 from fleecenbd.engine.snapshot_access import SnapshotAccess
 from fleecenbd.engine.state import FleeceState
 
@@ -26,9 +27,11 @@ class Fleece:
     SnapshotAccess; a guest's requests come in through ``copy_before_write``.
     """
 
-    def __init__(self, disk: Disk, state: FleeceState) -> None:
+    def __init__(self, disk: Disk, state: FleeceState, own: OwnBits | None = None) -> None:
         self.disk = disk
         self.state = state
+        self.own = own
+        """What it took from a recording bitmap, if it was armed with one."""
         self.name = state.name
         self.size = state.size
         self.cluster_size = state.cluster_size
@@ -66,3 +69,10 @@ class Fleece:
         """Return when the last copy and the last call on the temp image have ended."""
         await self.block_copy.drained()
         await self.temp.wait_closed()
+        self.close_bits()
+
+    def close_bits(self) -> None:
+        """After the end, once nothing is in flight: let go of the store's buffers."""
+        if self.own is not None:
+            self.own.bitmap.detach()
+        self.state.close_bits()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
-import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.fleece import Fleece
+from fleecenbd.engine.ids import random_uuid
+from fleecenbd.engine.own_bits import BitmapClaim, OwnBits
+from fleecenbd.engine.recording import BitmapRequest, Since, scaled
 from fleecenbd.engine.state import (
     BITMAP_CLUSTERS_MAX,
     BREAK_GUEST_WRITE,
@@ -17,6 +20,7 @@ from fleecenbd.engine.state import (
     CLUSTER_SIZE_MIN,
     FleeceState,
 )
+from fleecenbd.engine.store import MEMORY, FleeceBits, Store
 from fleecenbd.storage.device import Device
 
 ARM_DEADLINE_S = 5.0
@@ -74,11 +78,15 @@ class Session:
         options: SessionOptions,
         fleeces: list[Fleece],
         *,
+        session_id: str,
         armed_at: float,
         pause_s: float,
+        owner: str | None = None,
     ) -> None:
         self.name = name
-        self.id = _random_uuid()
+        self.id = session_id
+        self.owner = owner
+        """A token of whoever began it, and who may ask for it again."""
         self.options = options
         self.fleeces = fleeces
         self.armed_at = armed_at
@@ -87,6 +95,12 @@ class Session:
         """Seconds that guest writes were held."""
         self.failed = False
         """Finished, and not as a success."""
+        self._ended = False
+
+    @property
+    def since(self) -> Since:
+        """What a bitmap that starts anew with this session records since."""
+        return Since(self.name, self.id, self.armed_at)
 
     @property
     def state(self) -> str:
@@ -98,8 +112,18 @@ class Session:
         return "active"
 
     def finish(self, *, failed: bool = False) -> None:
-        """End the session over all its disks in one step. A broken one counts as failed."""
+        """End the session over all its disks in one step. A broken one counts as failed.
+
+        Its bitmaps are committed, or rolled back, and then it releases everything. A second call
+        changes nothing. What the store has to do about it is the caller's business.
+        """
+        if self._ended:
+            return
+        self._ended = True
         self.failed = failed or self.state == "broken"
+        for fleece in self.fleeces:
+            if fleece.own is not None:
+                fleece.own.end(fleece.disk, failed=self.failed)
         for fleece in self.fleeces:
             fleece.finish()
 
@@ -109,18 +133,9 @@ class Session:
             await fleece.wait_closed()
 
 
-def _random_uuid() -> str:
-    """A UUID of version 4 (RFC 9562); the module that makes them too takes long to import."""
-    number = int.from_bytes(os.urandom(16))
-    number = number & ~(0xF << 76) | 4 << 76  # the version
-    number = number & ~(0x3 << 62) | 2 << 62  # the variant
-    digits = f"{number:032x}"
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
-
-
-MakeTemp = Callable[[Disk, int], Awaitable[Device]]
-"""(disk, cluster size in bytes) to an empty temp image, whose size is that of the disk rounded
-up to a multiple of the cluster size and of its own ``hole_size``."""
+MakeTemp = Callable[[Disk, int, str], Awaitable[Device]]
+"""(disk, cluster size in bytes, id of the session) to an empty temp image, whose size is that of
+the disk rounded up to a multiple of the cluster size and of its own ``hole_size``."""
 
 
 async def arm(
@@ -131,37 +146,89 @@ async def arm(
     *,
     clock: Callable[[], float],
     deadline_s: float = ARM_DEADLINE_S,
+    bitmap: BitmapRequest | None = None,
+    store: Store = MEMORY,
+    owner: str | None = None,
+    session_id: str | None = None,
 ) -> Session:
     """Begin a session over ``disks``: all of them at one moment, or none.
 
-    ``clock`` gives the moment of arming (seconds since the epoch). Raises OSError: what
-    ``make_temp`` raised, EINVAL for a cluster size below the temp image's block and for a temp
-    limit below one cluster, ETIMEDOUT when active writes were still in flight after
-    ``deadline_s``. Nothing is left behind then.
+    ``clock`` gives the moment of arming (seconds since the epoch). ``bitmap``: what is done with
+    which recording bitmap of each disk; ``Fleece.own`` says what became of it. ``session_id``
+    None: a new UUID. Raises OSError:
+    what ``make_temp`` and ``store`` raised, EINVAL for a cluster size below the temp image's block
+    and for a temp limit below one cluster, ETIMEDOUT when active writes were still in flight after
+    ``deadline_s``, ENOENT, EBUSY or EINVAL for a bitmap that is not there, is used or is lost.
+    Nothing is left behind then.
     """
+    if session_id is None:
+        session_id = random_uuid()
+    claims: list[BitmapClaim | None] = []
     fleeces: list[Fleece] = []
+    described: Session | None = None
     loop = asyncio.get_running_loop()
     try:
         for disk in disks:
-            fleeces.append(await _make_fleece(name, disk, options, make_temp))
+            claims.append(BitmapClaim(disk, bitmap, name) if bitmap is not None else None)
+        for disk, claim in zip(disks, claims, strict=True):
+            making = _Making(name, session_id, disk, options, claim)
+            fleeces.append(await making.fleece(make_temp, store))
         started = loop.time()
         for disk in disks:
             disk.hold()
         try:
             await _wait_idle(disks, started + deadline_s, deadline_s)
-            # One step: no active write is in flight on any disk, and every fleece is installed.
-            for fleece in fleeces:
-                fleece.disk.fleeces.append(fleece)
+            # From here on no active write is in flight on any disk, and none begins.
             armed_at = clock()
+            for fleece in fleeces:
+                if fleece.own is not None:
+                    fleece.own.take(fleece.disk)
+                    if fleece.own.dirty_only:
+                        fleece.state.give_access(scaled(fleece.own.bitmap, fleece.cluster_size))
+            session = Session(
+                name,
+                options,
+                fleeces,
+                session_id=session_id,
+                armed_at=armed_at,
+                pause_s=0.0,
+                owner=owner,
+            )
+            # Own bits first, then the description: only then may recording bits be cleared.
+            described = session
+            await store.commit(adding=session)
+            # One step: every recording bitmap starts anew, and every fleece is installed.
+            assert not any(disk.active_writes for disk in disks), "the guests are held"
+            for fleece, claim in zip(fleeces, claims, strict=True):
+                if fleece.own is not None and claim is not None:
+                    fleece.own.begin(fleece.disk, session.since)
+                    claim.armed()
+                fleece.disk.fleeces.append(fleece)
         finally:
             for disk in disks:
                 disk.release_hold()
-        pause_s = loop.time() - started
+        session.pause_s = loop.time() - started
     except BaseException:
+        for claim in claims:
+            if claim is not None:
+                claim.drop()
         for fleece in fleeces:
             fleece.finish()
+        if described is not None:
+            # A description that may name the session must not outlive its bitmaps.
+            with contextlib.suppress(OSError):
+                await store.commit(removing=described)
+        for fleece in fleeces:
+            _close_unarmed(fleece)
         raise
-    return Session(name, options, fleeces, armed_at=armed_at, pause_s=pause_s)
+    return session
+
+
+def _close_unarmed(fleece: Fleece) -> None:
+    """The arming failed: nothing was ever in flight here."""
+    if fleece.own is not None:
+        fleece.own.discard()
+    fleece.close_bits()
 
 
 async def _wait_idle(disks: Sequence[Disk], deadline: float, deadline_s: float) -> None:
@@ -173,13 +240,47 @@ async def _wait_idle(disks: Sequence[Disk], deadline: float, deadline_s: float) 
             )
 
 
-async def _make_fleece(
-    session_name: str, disk: Disk, options: SessionOptions, make_temp: MakeTemp
-) -> Fleece:
-    asked = options.cluster_size
-    cluster_size = asked if asked is not None else default_cluster_size(disk.size)
-    temp = await make_temp(disk, cluster_size)
-    try:
+@dataclass(frozen=True)
+class _Making:
+    """A fleece in the making: a temp image, buffers, and a recording bitmap if need be."""
+
+    session: str
+    session_id: str
+    disk: Disk
+    options: SessionOptions
+    claim: BitmapClaim | None
+
+    async def fleece(self, make_temp: MakeTemp, store: Store) -> Fleece:
+        """Make it. Raises OSError, and leaves nothing behind then."""
+        disk, options = self.disk, self.options
+        asked = options.cluster_size
+        cluster_size = asked if asked is not None else default_cluster_size(disk.size)
+        temp = await make_temp(disk, cluster_size, self.session_id)
+        try:
+            cluster_size = self._cluster_size(cluster_size, temp)
+            bits = await store.make_fleece_bits(
+                self.session_id,
+                disk.name,
+                disk.size,
+                cluster_size,
+                self.claim.granularity if self.claim is not None else None,
+            )
+            own: OwnBits | None = None
+            try:
+                if self.claim is not None:
+                    own = await self.claim.own_bits(bits, store)
+                return self._put_together(temp, cluster_size, bits, own)
+            except BaseException:
+                if own is not None:
+                    own.discard()
+                bits.close()
+                raise
+        except BaseException:
+            temp.close()
+            raise
+
+    def _cluster_size(self, cluster_size: int, temp: Device) -> int:
+        asked = self.options.cluster_size
         if asked is not None and asked < temp.hole_size:
             raise OSError(
                 errno.EINVAL,
@@ -187,23 +288,28 @@ async def _make_fleece(
                 f"image's file system: smaller holes free nothing",
             )
         cluster_size = max(cluster_size, temp.hole_size)
-        limit = options.temp_limit
+        limit = self.options.temp_limit
         if limit is not None and limit < cluster_size:
             raise OSError(
                 errno.EINVAL,
-                f"{disk.name}@{session_name}: a temp limit of {limit} bytes is less than one "
+                f"{self.disk.name}@{self.session}: a temp limit of {limit} bytes is less than one "
                 f"cluster of {cluster_size} bytes, so that nothing could be kept; set it higher",
             )
+        return cluster_size
+
+    def _put_together(
+        self, temp: Device, cluster_size: int, bits: FleeceBits, own: OwnBits | None
+    ) -> Fleece:
         state = FleeceState(
-            f"{disk.name}@{session_name}",
-            disk.device,
+            f"{self.disk.name}@{self.session}",
+            self.disk.device,
             temp,
             cluster_size=cluster_size,
-            on_cbw_error=options.on_cbw_error,
-            cbw_timeout_s=options.cbw_timeout_s,
-            temp_limit=options.temp_limit,
+            on_cbw_error=self.options.on_cbw_error,
+            cbw_timeout_s=self.options.cbw_timeout_s,
+            temp_limit=self.options.temp_limit,
+            bits=bits,
         )
-        return Fleece(disk, state)
-    except BaseException:
-        temp.close()
-        raise
+        if own is None or not own.dirty_only:
+            state.give_access(None)
+        return Fleece(self.disk, state, own)

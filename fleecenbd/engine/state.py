@@ -32,6 +32,7 @@ from bitarray import bitarray
 
 from fleecenbd.engine.bitmap import Bitmap
 from fleecenbd.engine.reqlist import RangeRequest, RequestList, Waiters
+from fleecenbd.engine.store import FleeceBits, MemoryFleeceBits
 from fleecenbd.engine.wait_times import WaitTimes
 from fleecenbd.storage.device import Device
 
@@ -140,22 +141,28 @@ class FleeceState:
         cbw_timeout_s: float = 0.0,
         temp_limit: int | None = None,
         target_reads_zero: bool = True,
+        bits: FleeceBits | None = None,
     ) -> None:
         """``target`` must be as large as ``source`` rounded up to whole clusters, so that the
-        last, partial cluster can be punched whole. ``target_reads_zero``: it is empty."""
+        last, partial cluster can be punched whole. ``target_reads_zero``: it is empty.
+
+        ``bits``: where ``access`` and ``done`` live, as they are (``done`` where there is no
+        access is dropped); None: in memory, with access everywhere.
+        """
+        if target.size < -(-source.size // cluster_size) * cluster_size:
+            raise ValueError(f"the temp image of {name} is smaller than its disk's clusters")
         self.name = name
         self.source = source
         self.target = target
         self.size = source.size
         self.cluster_size = cluster_size
-        self.access = Bitmap(self.size, cluster_size, fill=True)
-        self.copy = Bitmap(self.size, cluster_size, fill=True)
-        self.done = Bitmap(self.size, cluster_size)
+        self._bits = bits if bits is not None else MemoryFleeceBits(self.size, cluster_size)
+        self.access = Bitmap(self.size, cluster_size, buffer=self._bits.access)
+        self.done = Bitmap(self.size, cluster_size, buffer=self._bits.done)
+        self.copy = Bitmap(self.size, cluster_size, buffer=bytearray(len(self._bits.access)))
         self.charged = Bitmap(self.size, cluster_size, fill=not target_reads_zero)
         self.shift = self.access.shift
         self.clusters = self.access.clusters
-        if target.size < self.clusters << self.shift:
-            raise ValueError(f"the temp image of {name} is smaller than its disk's clusters")
         self.on_cbw_error = on_cbw_error
         self.cbw_timeout_s = cbw_timeout_s
         self.temp_limit = temp_limit
@@ -175,6 +182,19 @@ class FleeceState:
         """Called once, in the step in which the fleece breaks or finishes."""
         self.stats = FleeceStats()
         self.stats.temp_clusters = 0 if target_reads_zero else self.clusters
+        if bits is None:
+            self.give_access(None)
+        else:
+            self.done.bits &= self.access.bits
+            self.copy.bits[:] = self.access.bits & ~self.done.bits
+
+    def give_access(self, clusters: bitarray | None) -> None:
+        """Arming, once: the clusters that the backup may read, and that must be copied.
+
+        ``clusters``: a bit per cluster; None: all.
+        """
+        for bitmap in (self.copy, self.access):
+            bitmap.bits[: self.clusters] = 1 if clusters is None else clusters
 
     # -- the one release -------------------------------------------------------------------
 
@@ -215,6 +235,7 @@ class FleeceState:
         """The session is lost: flag first, then the cause, then everything is released."""
         if self.dead:
             return
+        self._bits.mark_broken(cause)
         self.broken = cause
         self._die()
 
@@ -236,6 +257,12 @@ class FleeceState:
         self.on_dead.clear()
         # The file is closed, and its space freed, when the last call on it has ended.
         self.target.close()
+
+    def close_bits(self) -> None:
+        """After the end, once nothing of this fleece is in flight: let go of the buffers."""
+        self.access.detach()
+        self.done.detach()
+        self._bits.close()
 
     def death(self) -> OSError:
         """What every request gets after the end: before any EINVAL."""

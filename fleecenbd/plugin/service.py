@@ -89,7 +89,7 @@ class Service:
         assert directory is not None, "a session needs a state directory"
         temp = TempDirectory(directory, session)
 
-        async def make(disk: Disk, cluster_size: int) -> Device:
+        async def make(disk: Disk, cluster_size: int, session_id: str) -> Device:
             return temp.create(disk.name, disk.size, cluster_size)
 
         try:

@@ -392,7 +392,7 @@ async def test_a_temp_image_that_nobody_waits_for_any_more_is_closed(
 
     monkeypatch.setattr(TempImage, "create", slow)
     directory = TempDirectory(tmp_path / "state", "n")
-    making = asyncio.create_task(directory.make(disks[0], 4096))
+    making = asyncio.create_task(directory.make(disks[0], 4096, "id"))
     await asyncio.to_thread(entered.wait, 10)
     making.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -418,7 +418,7 @@ async def test_a_temp_image_that_fails_when_nobody_waits_any_more_is_no_matter(
 
     monkeypatch.setattr(TempImage, "create", fail)
     directory = TempDirectory(tmp_path / "state", "n")
-    making = asyncio.create_task(directory.make(disks[0], 4096))
+    making = asyncio.create_task(directory.make(disks[0], 4096, "id"))
     await asyncio.sleep(0)
     making.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -435,7 +435,7 @@ def test_temp_images_are_as_large_as_whole_clusters(tmp_path: Path, disks: list[
     async def make(size: int, cluster_size: int) -> int:
         disk = disks[0]
         disk.size = size
-        temp = await TempDirectory(tmp_path, "n").make(disk, cluster_size)
+        temp = await TempDirectory(tmp_path, "n").make(disk, cluster_size, "id")
         assert temp.size % temp.hole_size == 0
         assert temp.name == str(tmp_path / "vm@n")
         temp.close()

@@ -41,7 +41,7 @@ class Scene:
         """Arm a session; its temp image is ``fleece.temp``, a GatedDevice."""
         options.setdefault("cluster_size", CLUSTER)
 
-        async def make_temp(disk: Disk, cluster_size: int) -> GatedDevice:
+        async def make_temp(disk: Disk, cluster_size: int, session_id: str) -> GatedDevice:
             return GatedDevice(f"temp {name}", -(-disk.size // cluster_size) * cluster_size)
 
         self.session = await arm(

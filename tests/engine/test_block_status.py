@@ -29,7 +29,7 @@ PAGES = 24
 async def _armed(device: MemoryDevice, cluster_size: int = BIG_CLUSTER) -> tuple[Disk, Fleece]:
     disk = Disk("vda", device)
 
-    async def make_temp(disk: Disk, cluster: int) -> MemoryDevice:
+    async def make_temp(disk: Disk, cluster: int, session_id: str) -> MemoryDevice:
         return MemoryDevice(-(-disk.size // cluster) * cluster, name="temp")
 
     session = await arm(

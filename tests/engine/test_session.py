@@ -84,7 +84,7 @@ class Temps:
         self.asked: list[tuple[Disk, int]] = []
         self.made: list[GatedDevice] = []
 
-    async def make(self, disk: Disk, cluster_size: int) -> GatedDevice:
+    async def make(self, disk: Disk, cluster_size: int, session_id: str) -> GatedDevice:
         self.asked.append((disk, cluster_size))
         whole = max(cluster_size, self.hole_size)
         size = (-(-disk.size // whole) + self.clusters_more) * whole
@@ -185,10 +185,10 @@ async def test_a_temp_image_that_is_too_small_is_refused_and_closed() -> None:
 async def test_a_disk_whose_temp_image_cannot_be_made_leaves_the_others_as_they_were() -> None:
     disks, temps = [_disk("vda"), _disk("vdb")], Temps()
 
-    async def make(disk: Disk, cluster_size: int) -> GatedDevice:
+    async def make(disk: Disk, cluster_size: int, session_id: str) -> GatedDevice:
         if disk.name == "vdb":
             raise OSError(errno.ENOSPC, "full")
-        return await temps.make(disk, cluster_size)
+        return await temps.make(disk, cluster_size, session_id)
 
     assert (
         await errno_of(arm("s", disks, SessionOptions(), make, clock=lambda: 0.0)) == errno.ENOSPC

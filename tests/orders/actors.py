@@ -97,7 +97,7 @@ async def _arm(world: OrderWorld, name: str) -> bool:
     disks = [world.disks[index] for index in plan.disks]
     temps: list[OrderDevice] = []
 
-    async def make_temp(engine_disk: Any, cluster_size: int) -> OrderDevice:
+    async def make_temp(engine_disk: Any, cluster_size: int, session_id: str) -> OrderDevice:
         temps.append(world.make_temp(plan, engine_disk, cluster_size))
         if len(temps) == len(disks):
             # In this very step the engine begins to hold the guests.

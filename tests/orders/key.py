@@ -50,7 +50,7 @@ LEFT_OUT = {
     },
     "FleeceState": {
         "name", "source", "target", "size", "cluster_size", "shift", "clusters", "stats",
-        "on_cbw_error", "cbw_timeout_s", "temp_limit",
+        "on_cbw_error", "cbw_timeout_s", "temp_limit", "_bits",
     },
 }  # fmt: skip
 """Attributes that are constant, found elsewhere, or only counted."""

@@ -73,7 +73,7 @@ class Scene:
         device, server = Waiting("vm.raw"), Server()
         server.add_disk(Disk("vm", device))
 
-        async def make_temp(disk: Disk, cluster_size: int) -> MemoryDevice:
+        async def make_temp(disk: Disk, cluster_size: int, session_id: str) -> MemoryDevice:
             return MemoryDevice(SIZE)
 
         await server.begin("n", None, SessionOptions(), make_temp)

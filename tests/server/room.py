@@ -246,7 +246,7 @@ class Room:
         disks: Sequence[str] | None = None,
         options: SessionOptions | None = None,
     ) -> Session:
-        async def make_temp(disk: Disk, cluster_size: int) -> Device:
+        async def make_temp(disk: Disk, cluster_size: int, session_id: str) -> Device:
             key = f"{disk.name}@{name}"
             size = -(-disk.size // cluster_size) * cluster_size
             self.devices[key] = GatedDevice(key, size)

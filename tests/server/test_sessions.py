@@ -232,7 +232,7 @@ async def test_of_two_sessions_of_one_name_that_begin_at_once_one_is_refused() -
     async with room() as served:
         temps: list[GatedDevice] = []
 
-        async def slow_temp(disk: Disk, cluster_size: int) -> Device:
+        async def slow_temp(disk: Disk, cluster_size: int, session_id: str) -> Device:
             await asyncio.sleep(0)
             temps.append(GatedDevice("temp", SIZE))
             return temps[-1]
@@ -250,7 +250,7 @@ async def test_of_two_sessions_of_one_name_that_begin_at_once_one_is_refused() -
 async def test_a_session_that_could_not_begin_leaves_its_name_free() -> None:
     async with room() as served:
 
-        async def no_temp(disk: Disk, cluster_size: int) -> Device:
+        async def no_temp(disk: Disk, cluster_size: int, session_id: str) -> Device:
             raise OSError(errno.ENOSPC, "no space for a temp image")
 
         for _ in range(2):

@@ -147,7 +147,7 @@ async def controller(world: World, plan: SessionPlan) -> None:
     disks = [world.disks[index] for index in plan.disks]
     temps: list[SimDevice] = []
 
-    async def make_temp(engine_disk: object, cluster_size: int) -> SimDevice:
+    async def make_temp(engine_disk: object, cluster_size: int, session_id: str) -> SimDevice:
         await asyncio.sleep(rng.random() * 0.01)
         if plan.make_temp_fails and len(temps) == len(disks) - 1:
             raise OSError(errno.ENOSPC, "simulated: no room for a temp image")

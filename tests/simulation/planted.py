@@ -340,12 +340,12 @@ ARMING = (
         "arming waits for guest writes that wait in copy-before-write",
         "disk",
         (
-            "        await self._before_write([(offset, len(data))])\n"
-            "        await self._active(self.device.pwrite(offset, data))\n",
+            "        await self._before_write(ranges)\n"
+            "        await self._active(ranges, self.device.pwrite(offset, data))\n",
             "        async def both() -> None:\n"
-            "            await self._before_write([(offset, len(data))])\n"
+            "            await self._before_write(ranges)\n"
             "            await self.device.pwrite(offset, data)\n\n"
-            "        await self._active(both())\n",
+            "        await self._active(ranges, both())\n",
         ),
     ),
     _bug(
@@ -375,8 +375,8 @@ ARMING = (
 )
 
 _WRITE = """\
-        await self._before_write([(offset, len(data))])
-        await self._active(self.device.pwrite(offset, data))
+        await self._before_write(ranges)
+        await self._active(ranges, self.device.pwrite(offset, data))
 """
 
 ACTIVE_IMAGE = (
@@ -386,11 +386,11 @@ ACTIVE_IMAGE = (
         (
             _WRITE,
             "        try:\n"
-            "            await self._before_write([(offset, len(data))])\n"
+            "            await self._before_write(ranges)\n"
             "        except OSError:\n"
-            "            await self._active(self.device.pwrite(offset, data))\n"
+            "            await self._active(ranges, self.device.pwrite(offset, data))\n"
             "            raise\n"
-            "        await self._active(self.device.pwrite(offset, data))\n",
+            "        await self._active(ranges, self.device.pwrite(offset, data))\n",
         ),
     ),
     _bug(
@@ -399,10 +399,10 @@ ACTIVE_IMAGE = (
         (
             _WRITE,
             "        try:\n"
-            "            await self._before_write([(offset, len(data))])\n"
+            "            await self._before_write(ranges)\n"
             "        except OSError:\n"
             "            return\n"
-            "        await self._active(self.device.pwrite(offset, data))\n",
+            "        await self._active(ranges, self.device.pwrite(offset, data))\n",
         ),
     ),
     _bug(

@@ -66,7 +66,7 @@ class OneDisk(World):
     async def _arm(self) -> None:
         disk = self.disks[0]
 
-        async def make_temp(engine_disk: object, cluster_size: int) -> SimDevice:
+        async def make_temp(engine_disk: object, cluster_size: int, session_id: str) -> SimDevice:
             disk.hold()
             self.at_hold.append((disk.engine_disk.active_writes, len(disk.device.calls)))
             return self.make_temp(SESSION, engine_disk, cluster_size)

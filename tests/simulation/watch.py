@@ -25,7 +25,7 @@ class FleeceWatch:
         self.temp: SimDevice = fleece.temp
         self.shift = self.state.shift
         self.size = disk.device.size
-        self.clusters = len(fleece.access.bits)
+        self.clusters = self.state.clusters
         self.t0 = bytes(disk.device.content)
         self.installed_at = now
         self.access_seen = bitarray(fleece.access.bits)

@@ -163,6 +163,7 @@ class World:
             make_temp,
             clock=self.loop.time,
             deadline_s=plan.deadline_s,
+            session_id=f"id of {plan.name}",
         )
         return session
 
