@@ -1,0 +1,224 @@
+"""Takes a session up again from what a dead server left: buffers of bits, and temp images.
+
+    access    as it is, without padding bits
+    done      where there is access: elsewhere a kill came between two stores of a release
+    copy      the rest of access: a copy that was in flight is made again, and the active image
+              still holds the old data, since its guest write had not begun
+    charged   what the temp image's extents say, or all
+    own bits  as they are; the recording bitmap is used again by the session
+
+Whether what was left may be trusted (nobody else wrote to the active image, the page cache is
+still there) is the caller's question, and asked before.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fleecenbd.engine.bitmap import Bitmap, cluster_runs
+from fleecenbd.engine.disk import Disk
+from fleecenbd.engine.fleece import Fleece
+from fleecenbd.engine.own_bits import OwnBits
+from fleecenbd.engine.recording import RecordingBitmap, Since
+from fleecenbd.engine.session import Session, SessionOptions
+from fleecenbd.engine.state import FleeceState
+from fleecenbd.engine.store import FleeceBits
+from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO, Buffer, Data, Device, Extent
+
+logger = logging.getLogger(__name__)
+
+HOLE = EXTENT_HOLE | EXTENT_ZERO
+
+
+@dataclass(frozen=True)
+class OwnRemains:
+    """What the description says of a session's own bits; the bits are in ``FleeceBits.own``."""
+
+    name: str
+    mode: str
+    """``use``, ``new`` or ``keep``."""
+    recording: RecordingBitmap
+    """The bitmap in ``Disk.bitmaps``, whose ``since`` is this session if it resets it."""
+    since: Since | None
+    """From where the own bits record."""
+    reason: str | None = None
+    made: bool = False
+    replaced: RecordingBitmap | None = None
+
+
+@dataclass(frozen=True)
+class FleeceRemains:
+    """What is left of one fleece."""
+
+    disk: Disk
+    cluster_size: int
+    """Bytes."""
+    bits: FleeceBits
+    temp: Device | None
+    """None only where it broke: its temp image went then."""
+    broken: str | None = None
+    """The cause, if it broke before, or if what is left cannot be trusted."""
+    own: OwnRemains | None = None
+
+
+async def resume_session(
+    name: str,
+    options: SessionOptions,
+    remains: Sequence[FleeceRemains],
+    *,
+    session_id: str,
+    armed_at: float,
+    pause_s: float = 0.0,
+    owner: str | None = None,
+) -> Session:
+    """The session as it was, over the same disks, which must not have guests yet.
+
+    What has no access is punched out of the temp images; one that cannot be punched is logged,
+    and keeps the space. Raises ValueError for buffers or a temp image of a wrong size.
+    """
+    fleeces = [await _resume_fleece(name, options, part) for part in remains]
+    # One step: everything that awaits is behind us.
+    for fleece in fleeces:
+        fleece.disk.fleeces.append(fleece)
+        if fleece.own is not None and fleece.own.resets:
+            fleece.own.recording.used_by = name
+            if fleece.own.replaced is not None:
+                fleece.own.replaced.used_by = name
+    return Session(
+        name,
+        options,
+        fleeces,
+        session_id=session_id,
+        armed_at=armed_at,
+        pause_s=pause_s,
+        owner=owner,
+    )
+
+
+async def _resume_fleece(name: str, options: SessionOptions, remains: FleeceRemains) -> Fleece:
+    disk = remains.disk
+    label = f"{disk.name}@{name}"
+    if remains.temp is None and remains.broken is None:
+        raise ValueError(f"{label} is not broken, so it needs its temp image")
+    state = FleeceState(
+        label,
+        disk.device,
+        remains.temp if remains.temp is not None else _NoTemp(label, disk, remains.cluster_size),
+        cluster_size=remains.cluster_size,
+        on_cbw_error=options.on_cbw_error,
+        cbw_timeout_s=options.cbw_timeout_s,
+        temp_limit=options.temp_limit,
+        bits=remains.bits,
+    )
+    own = _own_bits(disk, remains.bits, remains.own) if remains.own is not None else None
+    fleece = Fleece(disk, state, own)
+    if remains.broken is not None:
+        state.break_session(remains.broken)
+    else:
+        await _find_charged(state)
+        await _punch_released(state)
+    return fleece
+
+
+def _own_bits(disk: Disk, bits: FleeceBits, remains: OwnRemains) -> OwnBits:
+    if bits.own is None:
+        raise ValueError(f"the own bits of bitmap {remains.name} of {disk.name} are missing")
+    return OwnBits(
+        remains.name,
+        remains.mode,
+        remains.reason,
+        remains.recording,
+        Bitmap(disk.size, remains.recording.granularity, buffer=bits.own),
+        since=remains.since,
+        made=remains.made,
+        replaced=remains.replaced,
+    )
+
+
+async def _find_charged(state: FleeceState) -> None:
+    """Charge every cluster of the temp image that may hold something else than a hole."""
+    size = state.clusters << state.shift
+    try:
+        extents = await state.target.extents(0, size)
+    except OSError as error:
+        logger.warning("%s: its temp image tells no extents: %s", state.name, error.strerror)
+        extents = [(size, 0)]
+    offset = 0
+    for length, flags in extents:
+        if flags & HOLE != HOLE:
+            state.charged.bits[offset >> state.shift : -(-(offset + length) >> state.shift)] = 1
+        offset += length
+    state.stats.temp_clusters = state.charged.bits.count(1)
+    state.stats.temp_clusters_peak = state.stats.temp_clusters
+
+
+async def _punch_released(state: FleeceState) -> None:
+    """Free what was released and not punched any more when the kill came."""
+    shift = state.shift
+    released = state.charged.bits & ~state.access.bits[: state.clusters]
+    for first, end in cluster_runs(released, 0, state.clusters):
+        try:
+            await state.target.trim(first << shift, (end - first) << shift)
+        except OSError as error:
+            logger.error("%s: temp space could not be freed: %s", state.name, error.strerror)
+            return
+        state.uncharge(first, end)
+
+
+class _NoTemp:
+    """Stands where a broken fleece's temp image was: nothing is asked of it any more."""
+
+    hole_size = 4096
+
+    def __init__(self, label: str, disk: Disk, cluster_size: int) -> None:
+        self.name = f"the temp image of {label}"
+        self.size = -(-disk.size // cluster_size) * cluster_size
+
+    def _gone(self) -> OSError:
+        return OSError(errno.EIO, "it went when the session broke", self.name)
+
+    def pread_now(self, offset: int, length: int) -> Buffer | None:
+        """Raises OSError(EIO), as all calls do that would touch it."""
+        raise self._gone()
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """Raises OSError(EIO)."""
+        raise self._gone()
+
+    def pwrite_now(self, offset: int, data: Data) -> bool:
+        """Raises OSError(EIO)."""
+        raise self._gone()
+
+    async def pwrite(self, offset: int, data: Data) -> None:
+        """Raises OSError(EIO)."""
+        raise self._gone()
+
+    async def zero(
+        self, offset: int, length: int, *, may_trim: bool = True, fast: bool = False
+    ) -> None:
+        """Raises OSError(EIO)."""
+        raise self._gone()
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Raises OSError(EIO)."""
+        raise self._gone()
+
+    def flush_now(self) -> bool:
+        """Nothing to make durable."""
+        return True
+
+    async def flush(self) -> None:
+        """Nothing to make durable."""
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """Raises OSError(EIO)."""
+        raise self._gone()
+
+    def close(self) -> None:
+        """It is closed."""
+
+    async def wait_closed(self) -> None:
+        """It is closed."""
