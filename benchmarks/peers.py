@@ -109,15 +109,15 @@ def fleecenbd(
         *(("--begin", "n") if session else ()),
         *options,
     ]
-    with _socket() as path:
+    with socket_path() as path:
         command += ["--unix", str(path)]
         place: Path | int = path
         if tcp:
             place = _free_port()
             command += ["--port", str(place)]
-        with _running(command, folder, place, environment) as (pid, started):
-            guests = tuple(_uri(name, place) for name in names)
-            fleeces = tuple(_uri(f"{name}@n", place) for name in names) if session else ()
+        with running(command, folder, place, environment) as (pid, started):
+            guests = tuple(uri(name, place) for name in names)
+            fleeces = tuple(uri(f"{name}@n", place) for name in names) if session else ()
             yield Server(guests, fleeces, (pid,), started)
 
 
@@ -142,8 +142,8 @@ def qemu_fleecing(folder: Path, image: Path, *, tcp: bool = False) -> Iterator[S
             *("--export", "type=nbd,id=guest,node-name=cbw,name=vm,writable=on"),
             *("--export", "type=nbd,id=backup,node-name=access,name=vm@n"),
         ]
-        pid, started = stack.enter_context(_running(command, folder, place))
-        yield Server((_uri("vm", place),), (_uri("vm@n", place),), (pid,), started, temp)
+        pid, started = stack.enter_context(running(command, folder, place))
+        yield Server((uri("vm", place),), (uri("vm@n", place),), (pid,), started, temp)
 
 
 @contextlib.contextmanager
@@ -152,8 +152,8 @@ def qemu_nbd(folder: Path, image: Path, *, tcp: bool = False) -> Iterator[Server
     with _place(tcp) as place:
         where = ["-k"] if isinstance(place, Path) else ["-b", "127.0.0.1", "-p"]
         command = ["qemu-nbd", "-f", "raw", "-t", "-x", "vm", *where, str(place), str(image)]
-        with _running(command, folder, place) as (pid, started):
-            yield Server((_uri("vm", place),), (), (pid,), started)
+        with running(command, folder, place) as (pid, started):
+            yield Server((uri("vm", place),), (), (pid,), started)
 
 
 @contextlib.contextmanager
@@ -162,8 +162,8 @@ def nbdkit_file(folder: Path, image: Path, *, tcp: bool = False) -> Iterator[Ser
     with _place(tcp) as place:
         where = ["-U"] if isinstance(place, Path) else ["-i", "127.0.0.1", "-p"]
         command = ["nbdkit", "-f", *where, str(place), "file", str(image)]
-        with _running(command, folder, place) as (pid, started):
-            yield Server((_uri("vm", place),), (_uri("vm", place),), (pid,), started)
+        with running(command, folder, place) as (pid, started):
+            yield Server((uri("vm", place),), (uri("vm", place),), (pid,), started)
 
 
 @contextlib.contextmanager
@@ -173,7 +173,7 @@ def direct(folder: Path, image: Path) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def _running(
+def running(
     command: list[str],
     folder: Path,
     place: Path | int,
@@ -237,12 +237,12 @@ def _place(tcp: bool) -> Iterator[Path | int]:
     if tcp:
         yield _free_port()
     else:
-        with _socket() as path:
+        with socket_path() as path:
             yield path
 
 
 @contextlib.contextmanager
-def _socket() -> Iterator[Path]:
+def socket_path() -> Iterator[Path]:
     """A path for a socket: short, as 107 bytes are all that such a path may have."""
     with tempfile.TemporaryDirectory(prefix="fleecenbd-") as name:
         yield Path(name) / "nbd.sock"
@@ -256,7 +256,7 @@ def _free_port() -> int:
         return port
 
 
-def _uri(name: str, place: Path | int) -> str:
+def uri(name: str, place: Path | int) -> str:
     if isinstance(place, Path):
         return f"nbd+unix:///{name}?socket={place}"
     return f"nbd://127.0.0.1:{place}/{name}"

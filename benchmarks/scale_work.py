@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks import clients, images, peers
+from benchmarks import clients, images, isolation, peers
 from benchmarks.peers import Server
 from benchmarks.work import BLOCK, MIB
 
@@ -153,6 +153,13 @@ def fragmentation(percent: int, amount: Amount) -> Figures:
     return figures
 
 
+# --- isolation -------------------------------------------------------------------------------
+
+
+def _felt(other: str, amount: Amount) -> Figures:
+    return isolation.felt(amount.folder, other)
+
+
 @contextlib.contextmanager
 def _image(amount: Amount) -> Iterator[Path]:
     path = amount.folder / "vm.raw"
@@ -206,5 +213,16 @@ DIMENSIONS: tuple[Dimension, ...] = (
             "map": "ms",
             "memory": "MiB",
         },
+    ),
+    Dimension(
+        "isolation, p99 while",
+        {
+            "nobody else": partial(_felt, "nothing"),
+            "another disk stalls": partial(_felt, "disk"),
+            "another's temp image": partial(_felt, "temp"),
+            "another's fsync": partial(_felt, "sync"),
+            "a backup reads nothing": partial(_felt, "unread"),
+        },
+        {"guest write": "us", "guest read": "us", "fleecing read": "us", "memory": "MiB"},
     ),
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import isolation
 from benchmarks.scale import growth, main, table
 from benchmarks.scale_work import DIMENSIONS, Amount, Dimension, disk_size, fragmentation
 from benchmarks.work import MIB
@@ -70,6 +71,26 @@ def test_every_figure_of_fragmentation_is_measured(memory: Path) -> None:
     figures = fragmentation(25, amount)
     assert figures.keys() == UNITS["blocks copied, at random"].keys()
     assert all(figure > 0 for figure in figures.values())
+
+
+@pytest.mark.parametrize("other", ["nothing", "disk", "temp", "sync", "unread"])
+def test_what_a_guest_feels_of_others_is_measured(
+    memory: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    monkeypatch.setattr(isolation, "PART_S", 0.5)
+    figures = isolation.felt(memory, other)
+    assert figures.keys() == UNITS["isolation, p99 while"].keys()
+    assert all(figure > 0 for figure in figures.values())
+    assert list(memory.glob("*.raw")) == []
+
+
+def test_a_disk_that_did_not_stall_is_an_error(
+    memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolation, "PART_S", 0.5)
+    monkeypatch.setattr(isolation, "STALL_S", 30.0)
+    with pytest.raises(RuntimeError, match="did not stall as it should"):
+        isolation.felt(memory, "sync")
 
 
 def test_a_run_prints_its_tables_and_writes_every_rounds_figures(
