@@ -52,7 +52,7 @@ async def _serve(folder: Path, path: Path, what: str) -> None:
             device = StallingDevice(device, STALLS[what])
         server.add_disk(Disk(name, device))
 
-    async def make_temp(disk: Disk, cluster_size: int) -> Device:
+    async def make_temp(disk: Disk, cluster_size: int, session_id: str) -> Device:
         temp = TempImage.create(folder, disk.name, disk.size, cluster_size=cluster_size)
         stalls = disk.name == "other" and what == "temp"
         return StallingDevice(temp, STALLS[what]) if stalls else temp

@@ -81,7 +81,7 @@ async def _busy(served: Room, export: str, command: int, **request: int) -> Asyn
 
 
 async def _begin(served: Room, disks: list[str], temps: dict[str, Device]) -> None:
-    async def make_temp(disk: Disk, cluster_size: int) -> Device:
+    async def make_temp(disk: Disk, cluster_size: int, session_id: str) -> Device:
         return temps[disk.name]
 
     await served.server.begin("n", disks, SessionOptions(cbw_timeout_s=0), make_temp)
