@@ -54,7 +54,7 @@ class Bitmap:
                 self.bits = bitarray(self.clusters, endian="little")
                 self.bits.setall(fill)
                 return
-            self.bits = bitarray(buffer=_mapped(length, populate=fill), endian="little")
+            self.bits = bitarray(buffer=zeroed_memory(length, populate=fill), endian="little")
             if fill:
                 self.bits.setall(1)
                 self.bits[self.clusters :] = 0
@@ -139,14 +139,16 @@ class Bitmap:
         return total
 
 
-def _mapped(length: int, *, populate: bool) -> mmap.mmap:
-    """Memory that is all zero, and takes none until it is written.
+def zeroed_memory(length: int, *, populate: bool = False) -> bytearray | memoryview:
+    """A buffer of zeroes; a long one takes no memory until it is written.
 
     The first touch of a page is a fault, which may cost more than all else that is done there:
-    ``populate`` gets them all in one call.
+    ``populate`` gets them all in one call, for a buffer that will be written all over.
     """
+    if length < MAPPED_LENGTH_MIN:
+        return bytearray(length)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return mmap.mmap(-1, length, flags=flags | mmap.MAP_POPULATE if populate else flags)
+    return memoryview(mmap.mmap(-1, length, flags=flags | mmap.MAP_POPULATE if populate else flags))
 
 
 def cluster_runs(bits: bitarray, first: int, end: int) -> Iterator[tuple[int, int]]:

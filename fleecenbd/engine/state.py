@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 
 from bitarray import bitarray
 
-from fleecenbd.engine.bitmap import Bitmap
+from fleecenbd.engine.bitmap import Bitmap, zeroed_memory
 from fleecenbd.engine.reqlist import RangeRequest, RequestList, Waiters
 from fleecenbd.engine.store import FleeceBits, MemoryFleeceBits
 from fleecenbd.engine.wait_times import WaitTimes
@@ -159,7 +159,8 @@ class FleeceState:
         self._bits = bits if bits is not None else MemoryFleeceBits(self.size, cluster_size)
         self.access = Bitmap(self.size, cluster_size, buffer=self._bits.access)
         self.done = Bitmap(self.size, cluster_size, buffer=self._bits.done)
-        self.copy = Bitmap(self.size, cluster_size, buffer=bytearray(len(self._bits.access)))
+        copy = zeroed_memory(len(self._bits.access), populate=True)
+        self.copy = Bitmap(self.size, cluster_size, buffer=copy)
         self.charged = Bitmap(self.size, cluster_size, fill=not target_reads_zero)
         self.shift = self.access.shift
         self.clusters = self.access.clusters

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from fleecenbd.engine.bitmap import Bitmap
+from fleecenbd.engine.bitmap import Bitmap, zeroed_memory
 
 if TYPE_CHECKING:
     from fleecenbd.engine.session import Session
@@ -77,8 +77,8 @@ class MemoryFleeceBits:
 
     def __init__(self, size: int, cluster_size: int, granularity: int | None = None) -> None:
         length = Bitmap.bitmap_length(size, cluster_size)
-        self.access: bytearray | memoryview = bytearray(length)
-        self.done: bytearray | memoryview = bytearray(length)
+        self.access: bytearray | memoryview = zeroed_memory(length, populate=True)
+        self.done: bytearray | memoryview = zeroed_memory(length)
         self.own: bytearray | memoryview | None = None
         if granularity is not None:
             self.own = bytearray(Bitmap.bitmap_length(size, granularity))
