@@ -28,6 +28,7 @@ from fleecenbd.engine.extents import (
     append_extent,
     windowed_status,
 )
+from fleecenbd.engine.own_bits import OwnBits
 from fleecenbd.engine.parts import PartTable
 from fleecenbd.engine.reqlist import RangeRequest
 from fleecenbd.engine.state import FleeceState, FrozenRead
@@ -39,6 +40,8 @@ ACCESS_READABLE = 1
 """x-fleecenbd:access: the range may still be read."""
 ACCESS_IN_TEMP = 2
 """x-fleecenbd:access: the range is held in the temp image."""
+DIRTY = 1
+"""qemu:dirty-bitmap: the range changed since the bitmap's ``since``."""
 
 _DATA = 0
 _ZERO = EXTENT_HOLE | EXTENT_ZERO
@@ -47,9 +50,12 @@ _ZERO = EXTENT_HOLE | EXTENT_ZERO
 class SnapshotAccess:
     """What a backup client can do with a fleece."""
 
-    def __init__(self, state: FleeceState, block_copy: BlockCopy) -> None:
+    def __init__(
+        self, state: FleeceState, block_copy: BlockCopy, own: OwnBits | None = None
+    ) -> None:
         self._state = state
         self._block_copy = block_copy
+        self._own = own if own is not None and own.dirty_only else None
         self._parts = PartTable()
 
     # -- read ------------------------------------------------------------------------------
@@ -151,11 +157,15 @@ class SnapshotAccess:
     def _denied(self, first: int, end: int) -> OSError:
         state = self._state
         cluster = state.access.bits.find(0, first, end)
-        return OSError(
-            errno.EINVAL,
-            f"{state.name}: offset {cluster << state.shift} was released by a TRIM "
-            "and can no longer be read",
-        )
+        own = self._own
+        if own is not None and not own.bitmap.any(*state.access.bytes_of(cluster, cluster + 1)):
+            why = (
+                f"is outside of the session's bitmap {own.name}: it has not changed, "
+                "and only what has can be read"
+            )
+        else:
+            why = "was released by a TRIM and can no longer be read"
+        return OSError(errno.EINVAL, f"{state.name}: offset {cluster << state.shift} {why}")
 
     # -- block status ----------------------------------------------------------------------
 
@@ -287,6 +297,22 @@ class SnapshotAccess:
                 append_extent(extents, part, ACCESS_READABLE | (ACCESS_IN_TEMP if in_temp else 0))
                 if len(extents) > STATUS_EXTENTS_MAX:
                     return extents
+        return extents
+
+    def dirty_status(self, offset: int, length: int) -> list[Extent]:
+        """qemu:dirty-bitmap of a range: (length, DIRTY or 0) runs of the session's own bits.
+
+        The same for the session's whole life. They may cover less than ``length``, as those of
+        ``status``. The session must have been armed to read what is dirty.
+        """
+        assert self._own is not None, "the context is on offer only then"
+        if self._state.dead:
+            raise self._state.death()
+        extents: list[Extent] = []
+        for _, run, dirty in self._own.bitmap.runs(offset, length):
+            append_extent(extents, run, DIRTY if dirty else 0)
+            if len(extents) > STATUS_EXTENTS_MAX:
+                break
         return extents
 
     # -- TRIM ------------------------------------------------------------------------------

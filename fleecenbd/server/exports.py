@@ -33,6 +33,8 @@ from fleecenbd.storage.device import Buffer, Data, Extent
 
 BASE_ALLOCATION = "base:allocation"
 ACCESS = "x-fleecenbd:access"
+DIRTY_BITMAP = "qemu:dirty-bitmap:"
+"""and the bitmap's name: what changed since, for a session that reads no more than that."""
 
 BLOCK_PREFERRED = 64 << 10
 """Bytes."""
@@ -143,6 +145,12 @@ class FleecingExport:
 
     def __init__(self, fleece: Fleece, *, description: str) -> None:
         self.fleece = fleece
+        contexts = [BASE_ALLOCATION, ACCESS]
+        self._dirty: str | None = None
+        if fleece.own is not None and fleece.own.dirty_only:
+            # One of this kind: some clients take none when they see several.
+            self._dirty = f"{DIRTY_BITMAP}{fleece.own.name}"
+            contexts.insert(1, self._dirty)
         # Never READ_ONLY: clients refuse to TRIM a read-only export.
         self.info = ExportInfo(
             name=fleece.name,
@@ -157,7 +165,7 @@ class FleecingExport:
             block_minimum=1,
             block_preferred=max(BLOCK_PREFERRED, fleece.cluster_size),
             block_maximum=PAYLOAD_ADVERTISED,
-            contexts=(BASE_ALLOCATION, ACCESS),
+            contexts=tuple(contexts),
             can_write=False,
         )
         self.read_now: ReadNow = fleece.read_now
@@ -197,15 +205,19 @@ class FleecingExport:
     async def status(
         self, names: list[str], offset: int, length: int, *, one: bool
     ) -> list[list[Extent]]:
-        """What was allocated at arming, and what may still be read, as of this call's end."""
+        """What was allocated at arming, what had changed until then, and what may still be read,
+        as of this call's end."""
         if self._used is not None:
             self._used()
-        allocation: list[Extent] = []
+        extents: dict[str, list[Extent]] = {}
         if BASE_ALLOCATION in names:
-            allocation = await self.fleece.status(offset, length, one=one)
+            extents[BASE_ALLOCATION] = await self.fleece.status(offset, length, one=one)
         # Taken in the last step before the reply.
-        access = self.fleece.access_status(offset, length) if ACCESS in names else []
-        return [allocation if name == BASE_ALLOCATION else access for name in names]
+        if self._dirty is not None and self._dirty in names:
+            extents[self._dirty] = self.fleece.dirty_status(offset, length)
+        if ACCESS in names:
+            extents[ACCESS] = self.fleece.access_status(offset, length)
+        return [extents[name] for name in names]
 
 
 Answer = TypeVar("Answer")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fleecenbd.engine import snapshot_access
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.own_bits import bitmaps_with
 from fleecenbd.engine.recording import BitmapRequest, RecordingBitmap, Since, clear
@@ -549,3 +550,64 @@ async def test_a_bitmap_in_use_is_not_cleared() -> None:
     session.finish()
     clear(night.chain)
     assert night.chain.since is None
+
+
+@simulated
+async def test_what_cannot_be_read_says_whether_it_was_released_or_never_there() -> None:
+    night = Night()
+    await night.write(1, 2)
+    fleece = (await night.arm("use")).fleeces[0]
+    await fleece.trim(CLUSTER, CLUSTER)
+    with pytest.raises(OSError, match=f"offset {CLUSTER} was released by a TRIM") as caught:
+        await fleece.read(CLUSTER, 2 * CLUSTER)
+    assert caught.value.errno == errno.EINVAL
+    with pytest.raises(
+        OSError, match=f"offset {3 * CLUSTER} is outside of the session's bitmap chain"
+    ) as caught:
+        await fleece.read(2 * CLUSTER, 2 * CLUSTER)
+    assert caught.value.errno == errno.EINVAL
+    with pytest.raises(OSError, match="offset 0 is outside"):
+        fleece.read_now(0, 1)
+
+
+@pytest.mark.parametrize("mode", ["use", "keep"])
+def test_the_dirty_map_is_the_same_for_the_sessions_whole_life(mode: str) -> None:
+    @simulated
+    async def run() -> None:
+        night = Night()
+        await night.write(0, 2, 3)
+        session = await night.arm(mode)
+        fleece = session.fleeces[0]
+        told = [(CLUSTER, 1), (CLUSTER, 0), (2 * CLUSTER, 1), (4 * CLUSTER, 0)]
+        assert fleece.dirty_status(0, night.disk.size) == told
+        await night.write(1, 5)
+        await fleece.trim(0, 3 * CLUSTER)
+        assert fleece.dirty_status(0, night.disk.size) == told
+        assert fleece.dirty_status(CLUSTER - 1, 2) == [(1, 1), (1, 0)]
+        session.finish()
+        with pytest.raises(OSError, match="finished"):
+            fleece.dirty_status(0, 1)
+
+    run()
+
+
+@simulated
+async def test_a_dirty_map_of_very_many_extents_ends_early() -> None:
+    night = Night()
+    await night.write(0, 2, 4)
+    fleece = (await night.arm("use")).fleeces[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshot_access, "STATUS_EXTENTS_MAX", 2)
+        assert fleece.dirty_status(0, night.disk.size) == [(CLUSTER, n) for n in (1, 0, 1)]
+
+
+@simulated
+async def test_what_is_outside_of_the_bitmap_counts_as_data_and_cannot_be_read() -> None:
+    night = Night()
+    night.device.content[:] = bytes(night.disk.size)
+    night.device.space.clear()
+    await night.disk.write_zeroes(CLUSTER, CLUSTER)
+    fleece = (await night.arm("use")).fleeces[0]
+    rest = night.disk.size - 2 * CLUSTER
+    assert await fleece.status(0, night.disk.size) == [(CLUSTER, 0), (CLUSTER, 3), (rest, 0)]
+    assert fleece.access_status(0, night.disk.size) == [(CLUSTER, 0), (CLUSTER, 1), (rest, 0)]
