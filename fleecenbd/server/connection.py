@@ -21,6 +21,7 @@ from fleecenbd.nbd.errors import ProtocolError
 from fleecenbd.nbd.handshake import Handshake
 from fleecenbd.server.channel import Channel
 from fleecenbd.server.exports import Export
+from fleecenbd.server.polling import Poll
 from fleecenbd.server.transmission import Transmission
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class Connection(asyncio.Protocol):
         """None until the transport is there."""
         self.transmission: Transmission | None = None
         """None until the handshake is over."""
+        self.poll: Poll | None = None
+        """Looks at the socket beside the transport; None where that does not pay."""
         self._clients = clients
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -81,10 +84,22 @@ class Connection(asyncio.Protocol):
         self._transport.write(self._handshake.greeting())
 
     def data_received(self, data: bytes) -> None:
-        if self.transmission is not None:
-            self.transmission.receive_data(data)
+        transmission = self.transmission
+        if transmission is not None:
+            transmission.receive_data(data)
+            if self.poll is not None and self.poll.pass_ended(transmission.pass_requests):
+                # Once the replies of this pass have left, which uvloop sends at its end.
+                self._loop.call_soon(self._look_again)
         elif self.handshaking:
             self._negotiate(data)
+
+    def _look_again(self) -> None:
+        """Look for the next request before the loop sleeps (polling.py)."""
+        transmission = self.transmission
+        if transmission is not None and self.poll is not None and transmission.is_idle:
+            data = self.poll.look()
+            if data:
+                self.data_received(data)
 
     def pause_writing(self) -> None:
         assert self.channel is not None, "something was written"

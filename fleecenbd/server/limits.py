@@ -38,6 +38,8 @@ class ServerLimits:
     """Bytes asked for as a Unix socket's send buffer (the kernel doubles it)."""
     send_high_water: int = 256 << 10
     """Bytes handed to the socket's transport before the connection pauses."""
+    poll_s: float = 100e-6
+    """Seconds that a client's next request is looked for before the loop sleeps; 0 for never."""
     linger_s: float = 10.0
     """Seconds that the last replies to a client have to leave, before it is dropped."""
     keepalive_idle_s: int = 60

@@ -40,6 +40,7 @@ from fleecenbd.server.exports import Export, FleecingExport, GuestExport
 from fleecenbd.server.guest_records import GuestRecords
 from fleecenbd.server.limits import ServerLimits
 from fleecenbd.server.listeners import Listeners
+from fleecenbd.server.polling import Poll, Turns, polling_pays
 
 __all__ = ["Server", "ServerLimits"]
 
@@ -81,6 +82,8 @@ class Server:
         self.finishing: list[Callable[[Session, bool], None]] = []
         """Called with each session that ends, and whether it failed, while all is there still."""
         self._listeners = Listeners()
+        self._turns = Turns()
+        self._polls = self.clients.limits.poll_s > 0 and polling_pays()
         self._accepting: set[asyncio.Task[object]] = set()
         self._stopping = False
         self._guest_records = guest_records
@@ -291,6 +294,8 @@ class Server:
             sock.close()
             return None
         connection = Connection(self.clients, peer, backup_only=backup_only, pid=pid)
+        if self._polls:
+            connection.poll = Poll(sock, self._turns, self.clients.limits.poll_s)
         self.clients.add(connection)
         return connection
 

@@ -110,6 +110,8 @@ class Transmission:
         self._kept_open = False
         """Drained, and not yet to be closed."""
         self._pass_queued = False
+        self.pass_requests = 0
+        """Requests that the last pass took up."""
         self._failures = FailureLog(peer, self.export.info.name)
 
     @property
@@ -121,6 +123,18 @@ class Transmission:
     def received_bytes(self) -> int:
         """Bytes received that make no request yet, or one that was not let in."""
         return self._decoder.buffered
+
+    @property
+    def is_idle(self) -> bool:
+        """Everything that came was answered, and taken: only the client can go on."""
+        channel = self._channel
+        return not (
+            self._tasks
+            or self.ending
+            or self._pass_queued
+            or channel.read_paused
+            or channel.send_paused
+        )
 
     # -- requests --------------------------------------------------------------------------
 
@@ -160,7 +174,7 @@ class Transmission:
         total = 0
         waits = True
         try:
-            for _ in range(limits.pass_requests_max):
+            for self.pass_requests in range(limits.pass_requests_max):
                 if channel.send_paused:
                     break
                 if total >= limits.pass_bytes_max:
