@@ -45,6 +45,7 @@ from fleecenbd.storage import system_calls
 from fleecenbd.storage.device import Buffer, Data, Extent
 from fleecenbd.storage.errors import closed_error, named_error, read_only_error
 from fleecenbd.storage.filesystem import Medium, hole_size_of, medium_of
+from fleecenbd.storage.holes import Holes
 from fleecenbd.storage.locks import LockMode, lock_image
 from fleecenbd.storage.pool import SIZE_MAX, ThreadPool
 from fleecenbd.storage.space import Space
@@ -126,6 +127,7 @@ class FileDevice:
         self._descriptor = descriptor
         self._pool = ThreadPool(name, role, size_max=threads_max)
         self._space = Space(descriptor, name)
+        self._holes = Holes(descriptor, name)
         self._sync = Sync(name)
         self._write_inline_from = 0.0  # time of monotonic(): the pool has the writes until then
 
@@ -310,16 +312,20 @@ class FileDevice:
 
     def _changed(self, change: Callable[..., Result], *arguments: int) -> Result:
         """Run by a pool thread: a change of space, which is to be flushed like a write."""
+        self._holes.freed()
         try:
             return change(*arguments)
         finally:
+            # Again: a map made meanwhile may have been too early.
+            self._holes.freed()
             self._sync.changed()
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """Data and holes by SEEK_DATA and SEEK_HOLE; one data extent where they are refused."""
-        return await self._pool.run(
-            system_calls.data_and_holes, self._descriptor, offset, length, self.name
-        )
+        known = self._holes.known(offset, length)
+        if known is not None and self._descriptor >= 0:
+            return known
+        return await self._pool.run(self._holes.find, offset, length)
 
     def used_bytes(self) -> int:
         """Bytes of space that the file holds on its file system (0 for a block device)."""

@@ -12,7 +12,7 @@ import os
 import stat
 import struct
 
-from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO, Data, Extent
+from fleecenbd.storage.device import Data
 from fleecenbd.storage.errors import named_error, shrank_error
 
 # From linux/falloc.h.
@@ -27,9 +27,6 @@ _BLKDISCARD = 0x1277
 ZEROES_LENGTH = 1 << 20
 """Bytes per write where zeroes are written out."""
 _ZEROES = memoryview(bytes(ZEROES_LENGTH))
-
-EXTENT_COUNT_MAX = 65536
-"""Extents per answer; what lies behind is reported as data, which is always allowed."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 # The calls with 64 in their names take 64-bit offsets on 32-bit machines too.
@@ -109,41 +106,3 @@ def block_size(descriptor: int) -> int:
         return 1
     (size,) = struct.unpack("i", fcntl.ioctl(descriptor, _BLKSSZGET, bytes(4)))
     return int(size)
-
-
-def data_and_holes(
-    descriptor: int, offset: int, length: int, name: str, *, count_max: int = EXTENT_COUNT_MAX
-) -> list[Extent]:
-    """The extents of a range, by SEEK_DATA and SEEK_HOLE: data, and holes that read as zeroes.
-
-    Where the file system or the device does not tell, all that it does not tell is data.
-    Moves the descriptor's file position, which nobody here uses.
-    """
-    extents: list[Extent] = []
-    position = offset
-    end = offset + length
-    while position < end and len(extents) < count_max:
-        try:
-            data = min(os.lseek(descriptor, position, os.SEEK_DATA), end)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                break
-            # No data from here to the end of the file: or no file any more.
-            if image_size(descriptor) < end:
-                raise shrank_error(name, position) from None
-            data = end
-        if data > position:
-            extents.append((data - position, EXTENT_HOLE | EXTENT_ZERO))
-            position = data
-            continue
-        try:
-            hole = min(os.lseek(descriptor, data, os.SEEK_HOLE), end)
-        except OSError:
-            break
-        if hole <= data:
-            break  # it was punched between the two calls
-        extents.append((hole - data, 0))
-        position = hole
-    if position < end:
-        extents.append((end - position, 0))
-    return extents

@@ -1,4 +1,4 @@
-"""Maps of data and holes: bounded, and honest where the kernel does not tell."""
+"""System calls that Python lacks: made again, and named when they fail."""
 
 from __future__ import annotations
 
@@ -10,59 +10,19 @@ from pathlib import Path
 import pytest
 
 from fleecenbd.storage import system_calls
-from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO
-from fleecenbd.storage.system_calls import data_and_holes, fallocate, image_size
+from fleecenbd.storage.system_calls import fallocate, image_size
 
-HOLE = EXTENT_HOLE | EXTENT_ZERO
 BLOCK = 65536
 SIZE = 16 * BLOCK
 
 
 @pytest.fixture
 def descriptor(tmp_path: Path) -> Iterator[int]:
-    """A file with data in every other block, beginning with a hole."""
     number = os.open(tmp_path / "image", os.O_RDWR | os.O_CREAT)
     os.ftruncate(number, SIZE)
-    for offset in range(BLOCK, SIZE, 2 * BLOCK):
-        os.pwrite(number, b"\xff" * BLOCK, offset)
+    os.pwrite(number, b"\xff" * BLOCK, BLOCK)
     yield number
     os.close(number)
-
-
-def test_data_and_holes_are_told_apart(descriptor: int) -> None:
-    assert data_and_holes(descriptor, 0, SIZE, "disk") == [(BLOCK, HOLE), (BLOCK, 0)] * 8
-
-
-def test_extents_are_clipped_to_the_range(descriptor: int) -> None:
-    assert data_and_holes(descriptor, 100, BLOCK, "disk") == [(BLOCK - 100, HOLE), (100, 0)]
-    assert data_and_holes(descriptor, BLOCK + 1, 5, "disk") == [(5, 0)]
-
-
-def test_what_is_behind_the_limit_is_data(descriptor: int) -> None:
-    extents = data_and_holes(descriptor, 0, SIZE, "disk", count_max=3)
-    assert extents == [(BLOCK, HOLE), (BLOCK, 0), (BLOCK, HOLE), (SIZE - 3 * BLOCK, 0)]
-
-
-@pytest.mark.parametrize("whence", [os.SEEK_DATA, os.SEEK_HOLE])
-def test_where_the_kernel_refuses_all_is_data(
-    descriptor: int, monkeypatch: pytest.MonkeyPatch, whence: int
-) -> None:
-    lseek = os.lseek
-
-    def refusing(number: int, offset: int, how: int) -> int:
-        if how == whence:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return lseek(number, offset, how)
-
-    monkeypatch.setattr(os, "lseek", refusing)
-    assert data_and_holes(descriptor, BLOCK, 5 * BLOCK, "disk") == [(5 * BLOCK, 0)]
-
-
-def test_data_that_is_punched_while_it_is_looked_for_is_data(
-    descriptor: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "lseek", lambda number, offset, how: offset)
-    assert data_and_holes(descriptor, 0, SIZE, "disk") == [(SIZE, 0)]
 
 
 def test_an_interrupted_fallocate_is_made_again(
