@@ -4,9 +4,9 @@ Names are nbdkit's (pread, pwrite, flush, trim, zero, extents), arguments are al
 ``(offset, length)`` in bytes, errors are ``OSError`` with an errno.
 
 Now, or later
-    ``pread_now`` and ``pwrite_now`` do the call at once where that cannot block, and say so
-    by their answer (None, False) where it could. They are an optimisation only: a device that
-    always answers None and False is correct, and slow.
+    ``pread_now``, ``pread_into_now`` and ``pwrite_now`` do the call at once where that cannot
+    block, and say so by their answer (None, False) where it could. They are an optimisation
+    only: a device that always answers None and False is correct, and slow.
 
 Rules that every device keeps (tests/storage/test_contract.py)
     * A read returns exactly ``length`` bytes, owned by the caller: ``bytes`` or ``bytearray``.
@@ -53,6 +53,9 @@ class Device(Protocol):
 
     def pread_now(self, offset: int, length: int) -> Buffer | None:
         """Read now, or return None where that could block. Raises OSError."""
+
+    def pread_into_now(self, offset: int, buffer: memoryview) -> bool:
+        """Fill ``buffer`` now, or return False (it may hold anything then). Raises OSError."""
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """Read ``length`` bytes at ``offset``."""

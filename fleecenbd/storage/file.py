@@ -94,6 +94,12 @@ class ReadNow(Protocol):
     def __call__(self, offset: int, length: int) -> Buffer | None: ...
 
 
+class ReadIntoNow(Protocol):
+    """Device.pread_into_now, as an attribute."""
+
+    def __call__(self, offset: int, buffer: memoryview) -> bool: ...
+
+
 class WriteNow(Protocol):
     """Device.pwrite_now, as an attribute."""
 
@@ -131,7 +137,10 @@ class FileDevice:
         self._sync = Sync(name)
         self._write_inline_from = 0.0  # time of monotonic(): the pool has the writes until then
 
+        self._read_flags = 0 if self.medium is Medium.MEMORY else _RWF_NOWAIT
+
         self.pread_now: ReadNow
+        self.pread_into_now: ReadIntoNow = self._pread_into
         self.pwrite_now: WriteNow
         if self.medium is Medium.MEMORY:
             self.pread_now = self._pread_memory
@@ -143,6 +152,8 @@ class FileDevice:
             cached = self.medium is Medium.CACHED
             self.pread_now = self._pread_cached if cached else self._pread_never
             self.pwrite_now = self._pwrite_cached
+        if self.medium not in (Medium.MEMORY, Medium.CACHED):
+            self.pread_into_now = self._pread_into_never
         if read_only:
             self.pwrite_now = self._pwrite_refused
 
@@ -197,10 +208,24 @@ class FileDevice:
         if length > NOW_LENGTH_MAX:
             return None
         try:
-            data = _pread(self._descriptor, length, offset)
+            if length < _UNCLEARED_LENGTH_MIN:
+                data: Buffer = _pread(self._descriptor, length, offset)
+                return data if len(data) == length else None
+            data = _uncleared_buffer(None, length)
+            return data if _preadv(self._descriptor, (data,), offset) == length else None
         except OSError as error:
             raise named_error(error, self.name) from None
-        return data if len(data) == length else None
+
+    def _pread_into(self, offset: int, buffer: memoryview) -> bool:
+        try:
+            return _preadv(self._descriptor, (buffer,), offset, self._read_flags) == len(buffer)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise named_error(error, self.name) from None
+
+    def _pread_into_never(self, offset: int, buffer: memoryview) -> bool:
+        return False
 
     def _pread_never(self, offset: int, length: int) -> Buffer | None:
         return None

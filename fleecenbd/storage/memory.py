@@ -37,6 +37,13 @@ class MemoryDevice:
         """Read, unless made with ``now=False``."""
         return self._read(offset, length) if self._now else None
 
+    def pread_into_now(self, offset: int, buffer: memoryview) -> bool:
+        """As ``pread_now``."""
+        if not self._now:
+            return False
+        buffer[:] = self._read(offset, len(buffer))
+        return True
+
     async def pread(self, offset: int, length: int) -> Buffer:
         """Read ``length`` bytes at ``offset``."""
         return self._read(offset, length)

@@ -19,7 +19,7 @@ from contextlib import suppress
 
 from fleecenbd.storage import system_calls
 from fleecenbd.storage.device import Buffer, Data, Extent
-from fleecenbd.storage.file import FileDevice, ReadNow, WriteNow
+from fleecenbd.storage.file import FileDevice, ReadIntoNow, ReadNow, WriteNow
 from fleecenbd.storage.filesystem import hole_size_of
 from fleecenbd.storage.locks import LockMode, lock_image
 from fleecenbd.storage.pool import SIZE_MAX
@@ -58,6 +58,7 @@ class TempImage:
         os.ftruncate(descriptor, self._file_size)
         self._file = FileDevice(descriptor, name, size=size, role="temp", threads_max=threads_max)
         self.pread_now: ReadNow = self._file.pread_now
+        self.pread_into_now: ReadIntoNow = self._file.pread_into_now
         self.pwrite_now: WriteNow = self._file.pwrite_now
 
     @classmethod

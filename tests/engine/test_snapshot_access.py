@@ -33,14 +33,36 @@ def _quiet(scene: Scene, fleece: Fleece) -> tuple[GatedDevice, GatedDevice]:
 
 
 @simulated
-async def test_a_read_in_one_step_takes_each_run_from_where_it_is() -> None:
+async def test_a_read_in_one_step_lays_what_the_temp_image_holds_over_the_active_image() -> None:
     scene = Scene(8)
     fleece = await scene.arm()
     await asyncio.gather(scene.write(2, 2), scene.write(5))
     active, temp = _quiet(scene, fleece)
     assert fleece.read_now(100, 6 * CLUSTER) == scene.content[100 : 100 + 6 * CLUSTER]
-    assert active.log == ["read 100+8092", "read 16384+4096", "read 24576+100"]
+    assert active.log == ["read 100+24576"]
     assert temp.log == ["read 8192+8192", "read 20480+4096"]
+
+
+@simulated
+async def test_a_read_in_one_step_may_begin_and_end_inside_runs_of_the_temp_image() -> None:
+    scene = Scene(8)
+    fleece = await scene.arm()
+    await asyncio.gather(scene.write(1, 2), scene.write(5, 2))
+    _, temp = _quiet(scene, fleece)
+    offset, length = CLUSTER + 100, 5 * CLUSTER - 50
+    assert fleece.read_now(offset, length) == scene.content[offset : offset + length]
+    assert temp.log == ["read 4196+8092", "read 20480+4146"]
+
+
+@simulated
+async def test_what_an_active_image_hands_out_for_good_is_not_written_over() -> None:
+    scene = Scene(8)
+    fleece = await scene.arm()
+    given = bytes(scene.content[: 2 * CLUSTER])
+    await scene.write(1)
+    scene.active.pread_now = lambda offset, length: given  # type: ignore[method-assign]
+    assert fleece.read_now(0, 2 * CLUSTER) == scene.old(0, 2)
+    assert given == scene.content[: 2 * CLUSTER]
 
 
 @simulated

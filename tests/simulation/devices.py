@@ -67,6 +67,13 @@ class SimDevice:
         self._now(call)
         return bytes(call.data)
 
+    def pread_into_now(self, offset: int, buffer: memoryview) -> bool:
+        data = self.pread_now(offset, len(buffer))
+        if data is None:
+            return False
+        buffer[:] = data
+        return True
+
     async def pread(self, offset: int, length: int) -> Buffer:
         call = await self._later(self._call("read", offset, length, None))
         data: bytearray = call.data

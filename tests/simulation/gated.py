@@ -124,6 +124,13 @@ class GatedDevice:
         self._begin("read", offset, length)
         return bytes(self.content[offset : offset + length])
 
+    def pread_into_now(self, offset: int, buffer: memoryview) -> bool:
+        data = self.pread_now(offset, len(buffer))
+        if data is None:
+            return False
+        buffer[:] = data
+        return True
+
     async def pread(self, offset: int, length: int) -> Buffer:
         data: bytes = await self._call("read", offset, length)
         return data

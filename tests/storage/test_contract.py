@@ -54,6 +54,22 @@ async def test_a_read_returns_a_buffer_of_exactly_its_length(device: Device, len
             assert len(data) == length
 
 
+@pytest.mark.parametrize("length", [1, 512, 4097, 65536])
+async def test_a_read_into_a_buffer_fills_it_and_nothing_beside_it(
+    device: Device, length: int
+) -> None:
+    content = os.urandom(SIZE)
+    await write(device, 0, content)
+    for offset in (0, 511, SIZE - length):
+        buffer = bytearray(b"#" * (length + 20))
+        view = memoryview(buffer)[10 : 10 + length]
+        read_now = device.pread_into_now(offset, view)
+        assert read_now == (device.pread_now(offset, length) is not None)
+        if read_now:
+            assert view == content[offset : offset + length]
+        assert (buffer[:10], buffer[-10:]) == (b"#" * 10, b"#" * 10)
+
+
 @pytest.mark.parametrize("offset", [0, 1, 4095, 4096, SIZE - 5000])
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 async def test_what_was_written_is_read(device: Device, offset: int, kind: type) -> None:
@@ -157,6 +173,8 @@ async def test_a_closed_device_refuses_every_call(device: Device) -> None:
     if not later:
         with pytest.raises(OSError, match=r"closed|Bad file descriptor"):
             device.pread_now(0, 512)
+        with pytest.raises(OSError, match=r"closed|Bad file descriptor"):
+            device.pread_into_now(0, memoryview(bytearray(512)))
         with pytest.raises(OSError, match=r"closed|Bad file descriptor"):
             device.pwrite_now(0, bytes(4096))
     for call in (

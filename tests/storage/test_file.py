@@ -88,6 +88,7 @@ async def test_a_read_that_is_cached_in_part_is_left_to_the_pool(
     monkeypatch.setattr(file_module, "_preadv", lambda *arguments: 512)
     device = opened(image, Medium.CACHED)
     assert device.pread_now(0, length) is None
+    assert not device.pread_into_now(0, memoryview(bytearray(length)))
     assert await device.pread(0, length) == content_of(image)[:length]
     device.close()
 
@@ -118,6 +119,7 @@ async def test_a_long_read_or_write_is_not_made_on_the_loop(image: Path, medium:
 async def test_a_slow_file_system_gets_no_inline_call(image: Path) -> None:
     device = opened(image, Medium.SLOW)
     assert device.pread_now(0, 512) is None
+    assert not device.pread_into_now(0, memoryview(bytearray(512)))
     assert not device.pwrite_now(0, bytes(4096))
     device.close()
 
@@ -334,6 +336,8 @@ async def test_every_failure_to_read_or_write_names_the_image(
     failures: list[OSError] = []
     for call, *arguments in (
         (device.pread_now, 0, 4096),
+        (device.pread_now, 0, 65536),
+        (device.pread_into_now, 0, memoryview(bytearray(512))),
         (device.pwrite_now, 0, bytes(4096)),
         (device.pread, 0, 4096),
         (device.pwrite, 0, bytes(4096)),
@@ -344,7 +348,7 @@ async def test_every_failure_to_read_or_write_names_the_image(
                 await answer
         except OSError as error:
             failures.append(error)
-    assert len(failures) == {Medium.SLOW: 2, Medium.UNCACHED_READS: 3}.get(medium, 4)
+    assert len(failures) == {Medium.SLOW: 2, Medium.UNCACHED_READS: 3}.get(medium, 6)
     for failure in failures:
         assert (failure.errno, failure.filename) == (errno.EIO, str(image))
     device.close()
