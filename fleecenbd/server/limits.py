@@ -31,7 +31,9 @@ class ServerLimits:
     write_bytes_min: int = 64 << 10
     """What a WRITE counts as in a pass, at least: it may have to copy a cluster first."""
     pass_bytes_max: int = 1 << 20
-    """Payload bytes served to one client before others get their turn."""
+    """Payload bytes served to one guest before others get their turn,"""
+    backup_pass_bytes_max: int = 256 << 10
+    """and to one client of a fleecing export: a guest's request waits that long for each."""
     pass_requests_max: int = 1024
     """Requests of one client served before others get their turn, however small."""
     unix_send_buffer: int = 512 << 10

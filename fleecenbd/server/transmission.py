@@ -93,6 +93,9 @@ class Transmission:
         self._budget = budget
         self._drop = drop
         self._loop = asyncio.get_running_loop()
+        self._pass_bytes_max = (
+            limits.pass_bytes_max if self.export.is_guest else limits.backup_pass_bytes_max
+        )
         self._decoder = RequestDecoder(
             extended=negotiated.reply_mode is ReplyMode.EXTENDED,
             keep_writes=negotiated.info.can_write,
@@ -142,7 +145,9 @@ class Transmission:
         """Bytes from the client."""
         if not self.ending:
             self._decoder.feed(data)
-            self.serve()
+            if not self._pass_queued:
+                # Else its turn comes with that pass, after the others.
+                self.serve()
 
     def follow(self, predecessors: set[asyncio.Task[None]]) -> None:
         """Serve nothing before these requests of others have ended."""
@@ -177,7 +182,7 @@ class Transmission:
             for self.pass_requests in range(limits.pass_requests_max):
                 if channel.send_paused:
                     break
-                if total >= limits.pass_bytes_max:
+                if total >= self._pass_bytes_max:
                     self._serve_later()
                     break
                 if self._tasks and (

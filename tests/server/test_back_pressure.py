@@ -285,7 +285,7 @@ async def served_between(
 @pytest.mark.parametrize(
     ("count", "length", "limits"),
     [
-        (100, 4096, ServerLimits(pass_bytes_max=40960, send_high_water=4096)),
+        (100, 4096, ServerLimits(backup_pass_bytes_max=40960, send_high_water=4096)),
         (100, 4096, ServerLimits(pass_requests_max=10)),
         (100, 1, ServerLimits(pass_requests_max=10)),
     ],
@@ -305,6 +305,29 @@ async def test_a_busy_client_leaves_others_their_turn(
             assert order.index("other") <= 20
             for _ in range(count):
                 await busy.reply()
+
+
+async def test_what_comes_while_a_turn_is_due_waits_for_that_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with room(session="n", limits=ServerLimits(pass_requests_max=1)) as served:
+        client = await served.client("vda@n")
+        connection = served.connection("vda@n")
+        assert connection.export is not None
+        read_now = connection.export.read_now
+        served_lengths = []
+
+        def noting(offset: int, length: int) -> bytes | bytearray | None:
+            served_lengths.append(length)
+            return read_now(offset, length)
+
+        monkeypatch.setattr(connection.export, "read_now", noting)
+        asked = [client.prepare(wire.READ, 0, length)[1] for length in (1, 2, 3)]
+        connection.data_received(asked[0] + asked[1])
+        assert served_lengths == [1]
+        connection.data_received(asked[2])
+        assert served_lengths == [1]
+        assert [len((await client.reply()).data) for _ in range(3)] == [1, 2, 3]
 
 
 async def test_writes_made_at_once_leave_others_their_turn() -> None:
@@ -363,6 +386,7 @@ plans = st.builds(
         bytes_max_all=st.integers(1, 300 * KIB),
         bytes_sure=st.sampled_from([0, 64 * KIB]),
         pass_bytes_max=st.integers(1, 100 * KIB),
+        backup_pass_bytes_max=st.integers(1, 100 * KIB),
         pass_requests_max=st.integers(1, 8),
         send_high_water=st.sampled_from([1, 4 * KIB, 64 * KIB]),
     ),
