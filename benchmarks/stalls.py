@@ -52,6 +52,9 @@ class StallingDevice:
     def pread_now(self, offset: int, length: int) -> Buffer | None:
         return self._device.pread_now(offset, length) if self._may_answer_now("pread") else None
 
+    def pread_into_now(self, offset: int, buffer: memoryview) -> bool:
+        return self._may_answer_now("pread") and self._device.pread_into_now(offset, buffer)
+
     def pwrite_now(self, offset: int, data: Data) -> bool:
         return self._may_answer_now("pwrite") and self._device.pwrite_now(offset, data)
 

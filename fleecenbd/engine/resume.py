@@ -184,6 +184,10 @@ class _NoTemp:
         """Raises OSError(EIO), as all calls do that would touch it."""
         raise self._gone()
 
+    def pread_into_now(self, offset: int, buffer: memoryview) -> bool:
+        """Raises OSError(EIO)."""
+        raise self._gone()
+
     async def pread(self, offset: int, length: int) -> Buffer:
         """Raises OSError(EIO)."""
         raise self._gone()

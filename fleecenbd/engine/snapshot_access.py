@@ -80,11 +80,7 @@ class SnapshotAccess:
         return self._read_mixed_now(first, end, offset, length)
 
     def _read_mixed_now(self, first: int, end: int, offset: int, length: int) -> Buffer | None:
-        """The active image in one call, and over it, run by run, what the temp image holds.
-
-        A call for each run of the active image, too, and a copy to join them, takes half as long
-        again. What the guest has written since is read for nothing, and overwritten.
-        """
+        """The active image in one call, and over it, run by run, what the temp image holds."""
         state = self._state
         source_data = state.source.pread_now(offset, length)
         if source_data is None:

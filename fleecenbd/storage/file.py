@@ -36,7 +36,6 @@ import ctypes
 import errno
 import os
 import resource
-import stat
 from collections.abc import Callable
 from time import monotonic
 from typing import Any, Protocol, TypeVar
@@ -47,6 +46,7 @@ from fleecenbd.storage.errors import closed_error, named_error, read_only_error
 from fleecenbd.storage.filesystem import Medium, hole_size_of, medium_of
 from fleecenbd.storage.holes import Holes
 from fleecenbd.storage.locks import LockMode, lock_image
+from fleecenbd.storage.opening import open_image
 from fleecenbd.storage.pool import SIZE_MAX, ThreadPool
 from fleecenbd.storage.space import Space
 from fleecenbd.storage.sync import Sync
@@ -173,11 +173,8 @@ class FileDevice:
         (probe.py does). Raises OSError; EBUSY where the image is in use. Blocks.
         """
         name = os.fspath(path)
-        # Opening a pipe or a tape would wait, so look first.
-        _check_kind(os.stat(name).st_mode, name)
-        descriptor = _open_without_atime(name, os.O_RDONLY if read_only else os.O_RDWR)
+        descriptor = open_image(name, read_only=read_only)
         try:
-            _check_kind(os.fstat(descriptor).st_mode, name)
             if lock is None:
                 lock = LockMode.SHARED if read_only else LockMode.EXCLUSIVE
             lock_image(descriptor, name, lock)
@@ -400,16 +397,3 @@ class FileDevice:
     def _check_writable(self) -> None:
         if self.read_only:
             raise read_only_error(self.name)
-
-
-def _check_kind(mode: int, name: str) -> None:
-    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-        raise OSError(errno.EINVAL, "neither a regular file nor a block device", name)
-
-
-def _open_without_atime(name: str, flags: int) -> int:
-    """Open so that reads need not write the time of access: its journal may make them wait."""
-    try:
-        return os.open(name, flags | os.O_CLOEXEC | os.O_NOATIME)
-    except PermissionError:
-        return os.open(name, flags | os.O_CLOEXEC)  # only the owner may ask for it
