@@ -22,8 +22,10 @@ import asyncio
 import errno
 import logging
 from collections import deque
+from itertools import islice
 
 from fleecenbd.engine.reqlist import RangeRequest
+from fleecenbd.engine.shared_read import ReadNow, SharedRead, SharedReads
 from fleecenbd.engine.state import CLUSTER_SIZE_MIN, Copy, FleeceState, Release
 from fleecenbd.storage.device import Buffer
 
@@ -58,8 +60,11 @@ class BlockCopy:
 
     # -- claim and run ---------------------------------------------------------------------
 
-    def claim(self, first: int, end: int) -> list[Copy]:
-        """Claim every run of ``[first, end)`` whose copy bit is set; the copies start at once."""
+    def claim(self, first: int, end: int, reads: SharedReads | None = None) -> list[Copy]:
+        """Claim every run of ``[first, end)`` whose copy bit is set; the copies start at once.
+
+        ``reads``: the same for every fleece that claims in this step.
+        """
         state = self._state
         bits = state.copy.bits
         claimed = []
@@ -73,16 +78,33 @@ class BlockCopy:
             state.stats.copies_started += 1
             claimed.append(copy)
             self._queued.append(copy)
+            if reads is not None:
+                self._share(copy, reads)
             first = stop
         if claimed:
             self._start_queued()
+            if reads is not None:
+                # Ours that must wait for a slot are the last in the queue.
+                for copy in islice(reversed(self._queued), len(claimed)):
+                    if copy.shared is not None:
+                        copy.shared.parties -= 1
+                        copy.shared = None
         return claimed
 
-    def copy_now(self, first: int, end: int) -> bool:
+    def _share(self, copy: Copy, reads: SharedReads) -> None:
+        key = self._state.access.bytes_of(copy.first, copy.end)
+        shared = reads.get(key)
+        if shared is None:
+            shared = reads[key] = SharedRead(self._state.source, *key)
+        shared.parties += 1
+        copy.shared = shared
+
+    def copy_now(self, first: int, end: int, reads: ReadNow | None = None) -> bool:
         """Copy every dirty run of ``[first, end)`` in this very step, where no call can block.
 
-        False: something is left to copy, and nothing was claimed; ``claim`` does it. Errors are
-        left for it too: it meets them again, and they have one owner.
+        ``reads``: the same for every fleece that copies in this step. False: something is left to
+        copy, and nothing was claimed; ``claim`` does it. Errors are left for it too: it meets them
+        again, and they have one owner.
         """
         state = self._state
         bits = state.copy.bits
@@ -98,9 +120,13 @@ class BlockCopy:
             if offset + length > state.size:
                 length = state.size - offset
             try:
-                data = state.source.pread_now(offset, length)
+                data = reads.get((offset, length)) if reads else None
                 if data is None:
-                    return False
+                    data = state.source.pread_now(offset, length)
+                    if data is None:
+                        return False
+                    if reads is not None:
+                        reads[offset, length] = data
                 if stop - first == 1:
                     # The common case, a small write: no runs to tell apart.
                     if data[0] or not _is_zero(data, 0, length):
@@ -204,9 +230,13 @@ class BlockCopy:
         state = self._state
         shift = state.shift
         offset, length = state.access.bytes_of(copy.first, copy.end)
-        data = state.source.pread_now(offset, length)
-        if data is None:
-            data = await state.source.pread(offset, length)
+        if (shared := copy.shared) is not None:
+            copy.shared = None
+            data = await shared.take()
+            del shared  # and with the last of them goes the data
+        else:
+            now = state.source.pread_now(offset, length)
+            data = now if now is not None else await state.source.pread(offset, length)
         view = memoryview(data)
         access = state.access.bits
         first = copy.first

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Sequence
 
 from fleecenbd.engine.block_copy import BlockCopy
+from fleecenbd.engine.shared_read import ReadNow, SharedReads
 from fleecenbd.engine.state import BREAK_GUEST_WRITE, Copy, FleeceState
 
 
@@ -30,21 +32,31 @@ class CopyBeforeWrite:
         self._state = state
         self._block_copy = block_copy
 
-    def ready_now(self, first: int, end: int) -> bool:
-        """Make the clusters ``[first, end)`` ready in this very step. False: ``ready`` must."""
+    def ready_now(self, first: int, end: int, reads: ReadNow | None = None) -> bool:
+        """Make the clusters ``[first, end)`` ready in this very step. False: ``ready`` must.
+
+        ``reads``: what was read for other fleeces in this step.
+        """
         state = self._state
         if state.dead:
             return True
         if state.copies and state.copy_in_flight(first, end):
             return False
-        if state.copy.bits.find(1, first, end) >= 0 and not self._block_copy.copy_now(first, end):
+        if state.copy.bits.find(1, first, end) >= 0 and not self._block_copy.copy_now(
+            first, end, reads
+        ):
             return False
         return not (state.frozen_reads and state.frozen(first, end))
 
-    async def ready(self, first: int, end: int) -> None:
+    def claim(self, first: int, end: int, reads: SharedReads) -> list[Copy]:
+        """Step 1 of ``ready``, in one step with other fleeces: copies that may share a read."""
+        return [] if self._state.dead else self._block_copy.claim(first, end, reads)
+
+    async def ready(self, first: int, end: int, claimed: Sequence[Copy] = ()) -> None:
         """Return when a guest may change the clusters ``[first, end)``.
 
-        Raises OSError(EIO) for a failure under break-guest-write. Cancelling it is safe.
+        ``claimed``: what ``claim`` returned for this request. Raises OSError(EIO) for a failure
+        under break-guest-write. Cancelling it is safe.
         """
         state = self._state
         loop = asyncio.get_running_loop()
@@ -52,11 +64,11 @@ class CopyBeforeWrite:
         deadline = started + state.cbw_timeout_s if state.cbw_timeout_s > 0 else None
         waited = False
         try:
-            claimed: list[Copy] = []
+            ours = list(claimed)
             while not state.dead:
-                if self._failed(claimed):
+                if self._failed(ours):
                     return
-                claimed += self._block_copy.claim(first, end)
+                ours += self._block_copy.claim(first, end)
                 if not state.copy_in_flight(first, end):
                     break
                 if deadline is not None and loop.time() >= deadline:

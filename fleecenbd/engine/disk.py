@@ -25,6 +25,7 @@ from fleecenbd.engine.extents import windowed_status
 from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.recording import RecordingBitmap, check_removable
 from fleecenbd.engine.reqlist import Waiters
+from fleecenbd.engine.shared_read import ReadNow, SharedReads
 from fleecenbd.engine.store import Stamps
 from fleecenbd.storage.device import Buffer, Data, Device, Extent
 
@@ -72,10 +73,11 @@ class Disk:
         length = len(data)
         if self._holds or length > WRITE_NOW_LENGTH_MAX:
             return False
+        reads: ReadNow | None = {} if len(self.fleeces) > 1 else None
         for fleece in self.fleeces:
             shift = fleece.state.shift
             if not fleece.copy_before_write.ready_now(
-                offset >> shift, ((offset + length - 1) >> shift) + 1
+                offset >> shift, ((offset + length - 1) >> shift) + 1, reads
             ):
                 return False
         if self._noted:
@@ -309,14 +311,21 @@ async def _ready(fleece: Fleece, ranges: list[tuple[int, int]]) -> None:
 async def _all_ready(fleeces: list[Fleece], ranges: list[tuple[int, int]]) -> None:
     """Every fleece at the same time; the first failure is the request's."""
     loop = asyncio.get_running_loop()
-    tasks = [
-        loop.create_task(_ready(fleece, ranges), name=f"cbw {fleece.name}") for fleece in fleeces
-    ]
-    try:
-        for done in asyncio.as_completed(tasks):
-            await done
-    finally:
-        # What is left only waits (the copies run by themselves), so cancelling it is safe.
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    for offset, length in ranges:
+        # They all claim in this step, so that what two of them need is read once.
+        reads: SharedReads = {}
+        tasks = []
+        for fleece in fleeces:
+            first, end = fleece.access.span(offset, length)
+            claimed = fleece.copy_before_write.claim(first, end, reads)
+            ready = fleece.copy_before_write.ready(first, end, claimed)
+            tasks.append(loop.create_task(ready, name=f"cbw {fleece.name}"))
+        del reads
+        try:
+            for done in asyncio.as_completed(tasks):
+                await done
+        finally:
+            # What is left only waits (the copies run by themselves), so cancelling it is safe.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

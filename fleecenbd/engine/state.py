@@ -32,6 +32,7 @@ from bitarray import bitarray
 
 from fleecenbd.engine.bitmap import Bitmap, zeroed_memory
 from fleecenbd.engine.reqlist import RangeRequest, RequestList, Waiters
+from fleecenbd.engine.shared_read import SharedRead
 from fleecenbd.engine.store import FleeceBits, MemoryFleeceBits
 from fleecenbd.engine.wait_times import WaitTimes
 from fleecenbd.storage.device import Device
@@ -81,12 +82,14 @@ class FleeceStats:
 class Copy(RangeRequest):
     """A copy in flight. ``error`` is set when it failed on a cluster that then had access."""
 
-    __slots__ = ("error", "lost")
+    __slots__ = ("error", "lost", "shared")
 
     def __init__(self, first: int, end: int) -> None:
         super().__init__(first, end)
         self.error: OSError | None = None
         self.lost = False
+        self.shared: SharedRead | None = None
+        """The read that it has in common with copies of other fleeces, until it takes it."""
 
 
 class Release(RangeRequest):

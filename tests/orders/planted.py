@@ -179,8 +179,9 @@ ORDERS_ONLY = (
         "disk",
         (
             (
-                "        for done in asyncio.as_completed(tasks):\n            await done\n",
-                "        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)\n",
+                "            for done in asyncio.as_completed(tasks):\n"
+                "                await done\n",
+                "            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)\n",
             ),
         ),
     ),

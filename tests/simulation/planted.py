@@ -28,7 +28,7 @@ _FROZEN_WAIT = """\
                 await state.guests.wait(first, end, deadline)
 """
 _CLAIM_LOOP = """\
-            claimed: list[Copy] = []
+            ours = list(claimed)
             while not state.dead:
 """
 
@@ -57,7 +57,7 @@ GUEST_SIDE = (
         "copy_before_write",
         (
             "if not state.copy_in_flight(first, end):\n                    break",
-            "if all(copy.ended for copy in claimed) and not state.copy_in_flight(first, end):\n"
+            "if all(copy.ended for copy in ours) and not state.copy_in_flight(first, end):\n"
             "                    break",
         ),
     ),
