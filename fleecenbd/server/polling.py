@@ -6,12 +6,12 @@ of the time of a 4 KiB read. So after a pass the socket is looked at again and a
 ``poll_s`` at most, as QEMU's iothreads do (their ``poll-max-ns``).
 
 It is given up as soon as it does not pay or could be in somebody's way:
-    * a look that found nothing is followed by 1, 2, 4 ... ``SKIPPED_MAX`` passes without one;
+    * a look that found nothing is followed by 1, 2, 4 ... ``SKIPPED_MAX`` passes without one,
+      and so is one that found something at once: the loop would not have slept, and a client
+      with many requests in flight is served better by the many that come meanwhile;
     * whoever finds that another client was served since its own last pass does not look: then
       the loop has work, and nothing is to be gained. A client that was quiet waits for the one
       look that is under way, no longer;
-    * it takes ``STREAK`` passes of one request each, one after the other: a client that has more
-      in flight sends the rest meanwhile, which is better received, and served, together;
     * each round gives the processor to whoever else may run there (sched_yield);
     * on one processor it would only keep the client from sending: there is none.
 """
@@ -25,8 +25,8 @@ from collections.abc import Callable
 
 SKIPPED_MAX = 64
 """Passes without a look, at most, after looks that found nothing."""
-STREAK = 8
-"""Passes of one request each before the first look."""
+AT_ONCE_S = 8e-6
+"""Seconds: less than it takes to fall asleep and to be woken."""
 RECEIVE_LENGTH = 256 << 10
 """Bytes taken at once, as by uvloop's own transport."""
 
@@ -70,7 +70,7 @@ class Poll:
         self._clock = clock
         self._yield = give_way
         self._my_turn = -1
-        self._skip = STREAK
+        self._skip = 0
         self._next_skip = 1
 
     def pass_ended(self, requests: int) -> bool:
@@ -78,8 +78,7 @@ class Poll:
         turns = self._turns
         alone = turns.count == self._my_turn
         turns.count = self._my_turn = turns.count + 1
-        if not alone or requests != 1:
-            self._skip = STREAK
+        if not alone or not requests:
             return False
         if self._skip:
             self._skip -= 1
@@ -95,7 +94,8 @@ class Poll:
             return b""
         receive = self._sock.recv
         clock = self._clock
-        end = clock() + self._poll_s
+        began = clock()
+        end = began + self._poll_s
         while True:
             try:
                 data = receive(RECEIVE_LENGTH)
@@ -103,13 +103,19 @@ class Poll:
                 if clock() < end:
                     self._yield()
                     continue
-                self._skip = self._next_skip
-                self._next_skip = min(2 * self._next_skip, SKIPPED_MAX)
+                self._be_rarer()
                 return b""
             except OSError:
                 return b""
-            self._next_skip = 1
+            if clock() - began < AT_ONCE_S:
+                self._be_rarer()
+            else:
+                self._next_skip = 1
             return data
+
+    def _be_rarer(self) -> None:
+        self._skip = self._next_skip
+        self._next_skip = min(2 * self._next_skip, SKIPPED_MAX)
 
 
 def polling_pays() -> bool:

@@ -2,12 +2,12 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from fleecenbd.server.limits import ServerLimits
-from fleecenbd.server.polling import SKIPPED_MAX, STREAK, Poll, Turns, polling_pays
+from fleecenbd.server.polling import AT_ONCE_S, SKIPPED_MAX, Poll, Turns, polling_pays
 from tests.nbd import wire
 from tests.server.room import SIZE, Client, pattern, room
 
@@ -20,6 +20,9 @@ class Clock:
     def __init__(self) -> None:
         self.now = 5.0
         self.given_way = 0
+        self.comes_at = float("inf")
+        """When the client sends."""
+        self.comes: Callable[[], object] = lambda: None
 
     def time(self) -> float:
         return self.now
@@ -27,6 +30,9 @@ class Clock:
     def give_way(self) -> None:
         self.given_way += 1
         self.now += 1e-6
+        if self.now >= self.comes_at:
+            self.comes_at = float("inf")
+            self.comes()
 
 
 class Line:
@@ -49,12 +55,18 @@ class Line:
         )
 
     def ready(self) -> None:
-        """As many passes of one request each as it takes."""
+        """As many passes as it takes to a look."""
         while not self.poll.pass_ended(1):
             pass
 
+    def look(self, *, next_after_s: float) -> bytes:
+        """A look, with the client's next request so many seconds later."""
+        self.clock.comes_at = self.clock.now + next_after_s
+        self.clock.comes = lambda: self.theirs.send(b"next")
+        return self.poll.look()
+
     def passes_until_ready(self) -> int:
-        """Passes of one request, without a look, before the one that a look follows."""
+        """Passes without a look before the one that a look follows."""
         count = 0
         while not self.poll.pass_ended(1):
             count += 1
@@ -69,17 +81,9 @@ def line() -> Iterator[Line]:
     line.theirs.close()
 
 
-def test_one_request_after_the_other_is_followed_by_a_look(line: Line) -> None:
-    assert [line.poll.pass_ended(1) for _ in range(STREAK + 3)] == [False] * (STREAK + 1) + [
-        True,
-        True,
-    ]
-
-
-def test_several_requests_in_one_pass_begin_the_count_anew(line: Line) -> None:
-    line.ready()
-    assert not line.poll.pass_ended(2)
-    assert line.passes_until_ready() == STREAK
+def test_a_pass_is_followed_by_a_look(line: Line) -> None:
+    assert not line.poll.pass_ended(1), "nobody knows yet whether it is alone"
+    assert [line.poll.pass_ended(count) for count in (1, 16, 1)] == [True] * 3
 
 
 def test_a_pass_without_a_request_is_no_reason_to_look(line: Line) -> None:
@@ -111,22 +115,30 @@ def test_looks_that_find_nothing_become_rare(line: Line) -> None:
     assert skipped == [1, 2, 4, 8, 16, 32, SKIPPED_MAX, SKIPPED_MAX, SKIPPED_MAX]
 
 
-def test_a_look_that_finds_something_makes_them_frequent_again(line: Line) -> None:
+def test_what_comes_when_the_loop_would_have_slept_makes_looks_frequent_again(line: Line) -> None:
     for _ in range(5):
         line.ready()
         line.poll.look()
     line.ready()
-    line.theirs.sendall(b"next")
-    assert line.poll.look() == b"next"
+    assert line.look(next_after_s=4 * AT_ONCE_S) == b"next"
     assert line.passes_until_ready() == 0
     line.poll.look()
     assert line.passes_until_ready() == 1
 
 
+def test_what_comes_at_once_makes_looks_rare(line: Line) -> None:
+    skipped = []
+    for _ in range(4):
+        line.ready()
+        assert line.look(next_after_s=AT_ONCE_S / 2) == b"next"
+        skipped.append(line.passes_until_ready())
+    assert skipped == [1, 2, 4, 8]
+
+
 def test_who_is_not_alone_does_not_look(line: Line) -> None:
     other = line.another()
     line.ready()
-    for _ in range(3 * STREAK):
+    for _ in range(9):
         assert not other.pass_ended(1)
         assert not line.poll.pass_ended(1)
 
@@ -192,8 +204,7 @@ async def test_a_request_that_a_look_finds_is_served_like_any_other(two_processo
         assert connection.poll is not None
         _, extra = client.prepare(wire.READ, 1024, 512)
         looks = connection.poll = Looks(connection.poll, client, extra)  # type: ignore[assignment]
-        for _ in range(STREAK + 1):
-            assert await client.read(512, 512) == pattern(SIZE)[512:1024]
+        assert await client.read(512, 512) == pattern(SIZE)[512:1024]
         _, last = client.prepare(wire.READ, 512, 512)
         await client.send(last)
         data = [(await client.reply()).data for _ in range(2)]
