@@ -158,7 +158,8 @@ async def arm(
     None: a new UUID. Raises OSError:
     what ``make_temp`` and ``store`` raised, EINVAL for a cluster size below the temp image's block
     and for a temp limit below one cluster, ETIMEDOUT when active writes were still in flight after
-    ``deadline_s``, ENOENT, EBUSY or EINVAL for a bitmap that is not there, is used or is lost.
+    ``deadline_s``, or the store had not described the session by then, ENOENT, EBUSY or EINVAL for
+    a bitmap that is not there, is used or is lost.
     Nothing is left behind then.
     """
     if session_id is None:
@@ -196,7 +197,7 @@ async def arm(
             )
             # Own bits first, then the description: only then may recording bits be cleared.
             described = session
-            await store.commit(adding=session)
+            await _described(store, session, started + deadline_s, deadline_s)
             # One step: every recording bitmap starts anew, and every fleece is installed.
             assert not any(disk.active_writes for disk in disks), "the guests are held"
             for fleece, claim in zip(fleeces, claims, strict=True):
@@ -229,6 +230,24 @@ def _close_unarmed(fleece: Fleece) -> None:
     if fleece.own is not None:
         fleece.own.discard()
     fleece.close_bits()
+
+
+async def _described(store: Store, session: Session, deadline: float, deadline_s: float) -> None:
+    """Replace the description, while guests are held: no longer than that may take.
+
+    A call that is late goes on, and the store makes those that follow wait for it.
+    """
+    loop = asyncio.get_running_loop()
+    commit = loop.create_task(store.commit(adding=session), name=f"describe {session.name}")
+    await asyncio.wait({commit}, timeout=max(0.0, deadline - loop.time()))
+    if not commit.done():
+        commit.add_done_callback(lambda late: late.cancelled() or late.exception())
+        raise OSError(
+            errno.ETIMEDOUT,
+            f"session {session.name} was not written down within the {deadline_s:g} s that guests "
+            "may be held: the disk of the state directory does not answer",
+        )
+    commit.result()
 
 
 async def _wait_idle(disks: Sequence[Disk], deadline: float, deadline_s: float) -> None:

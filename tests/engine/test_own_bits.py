@@ -201,6 +201,24 @@ async def test_guests_are_held_while_the_description_is_replaced() -> None:
 
 
 @simulated
+async def test_a_store_that_hangs_holds_guests_no_longer_than_the_deadline() -> None:
+    night = Night()
+    night.store.gate = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    arming = asyncio.ensure_future(night.arm("use", deadline_s=5.0))
+    await asyncio.sleep(0)
+    await night.disk.write(0, b"n" * CLUSTER)
+    assert loop.time() - began == pytest.approx(5.0)
+    night.store.gate.set()
+    with pytest.raises(OSError, match="was not written down within the 5 s") as caught:
+        await arming
+    assert caught.value.errno == errno.ETIMEDOUT
+    assert night.store.log[-2:] == ["adding", "removing"]
+    assert night.disk.fleeces == []
+
+
+@simulated
 async def test_new_reads_everything_and_lets_the_bitmap_start_anew() -> None:
     night = Night()
     await night.write(6)
