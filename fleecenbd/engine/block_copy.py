@@ -1,8 +1,9 @@
 """Copies dirty runs from the active image to the temp image, and gives temp space back.
 
     claim     in one step: clear the run's copy bits, register a copy in flight
-    run       read the active image; in the step that starts a temp write leave out what lost
-              ``access``; write data as data, zeroes as zeroes that use no space
+    run       read the active image, if there is anything to read (copy_reads.py); in the step that
+              starts a temp write leave out what lost ``access``; write data as data, zeroes as
+              zeroes that use no space
     end       in one step: where ``access`` is still set: ``done``, or ``copy`` again if it failed
     release   clear the bits in one step, wait for the temp calls in flight there, punch
 
@@ -24,9 +25,11 @@ import logging
 from collections import deque
 from itertools import islice
 
+from fleecenbd.engine.copy_reads import CopyReads
 from fleecenbd.engine.reqlist import RangeRequest
 from fleecenbd.engine.shared_read import ReadNow, SharedRead, SharedReads
-from fleecenbd.engine.state import CLUSTER_SIZE_MIN, Copy, FleeceState, Release
+from fleecenbd.engine.state import Copy, FleeceState, Release
+from fleecenbd.engine.zeroes import is_zero
 from fleecenbd.storage.device import Buffer
 
 logger = logging.getLogger(__name__)
@@ -42,8 +45,6 @@ COPIES_LENGTH_MAX = 16 << 20
 QUEUED_MAX = 64
 """Copies that wait for a slot before those that have been released are looked for."""
 
-ZEROES = bytes(COPY_LENGTH_MAX)
-
 
 class BlockCopy:
     """The copies of one fleece."""
@@ -53,6 +54,7 @@ class BlockCopy:
         self._claim_clusters_max = max(1, COPY_LENGTH_MAX >> state.shift)
         self._now_clusters_max = COPY_NOW_LENGTH_MAX >> state.shift
         self._copies_max = max(1, min(COPIES_MAX, COPIES_LENGTH_MAX // state.cluster_size))
+        self._reads = CopyReads(state)
         self._scan_above = QUEUED_MAX
         self._queued: deque[Copy] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -129,7 +131,7 @@ class BlockCopy:
                         reads[offset, length] = data
                 if stop - first == 1:
                     # The common case, a small write: no runs to tell apart.
-                    if data[0] or not _is_zero(data, 0, length):
+                    if data[0] or not is_zero(data, 0, length):
                         state.charge(first, stop)
                         if not state.target.pwrite_now(offset, data):
                             return False
@@ -152,8 +154,8 @@ class BlockCopy:
         state = self._state
         base = first
         while first < end:
-            stop, is_zero = self._alike(data, base, first, end)
-            if is_zero:
+            stop, only_zeroes = self._alike(data, base, first, end)
+            if only_zeroes:
                 if state.charged.bits.find(1, first, stop) >= 0:
                     return False
             else:
@@ -175,10 +177,10 @@ class BlockCopy:
         while first < end:
             start = (first - base) << shift
             length = min(1 << shift, len(data) - start)
-            is_zero = not data[start] and _is_zero(data, start, length)
+            zero = not data[start] and is_zero(data, start, length)
             if kind is None:
-                kind = is_zero
-            elif kind != is_zero:
+                kind = zero
+            elif kind != zero:
                 break
             first += 1
         return first, bool(kind)
@@ -229,15 +231,8 @@ class BlockCopy:
     async def _copy(self, copy: Copy) -> None:
         state = self._state
         shift = state.shift
-        offset, length = state.access.bytes_of(copy.first, copy.end)
-        if (shared := copy.shared) is not None:
-            copy.shared = None
-            data = await shared.take()
-            del shared  # and with the last of them goes the data
-        else:
-            now = state.source.pread_now(offset, length)
-            data = now if now is not None else await state.source.pread(offset, length)
-        view = memoryview(data)
+        offset = copy.first << shift
+        data = await self._reads.read(copy)
         access = state.access.bits
         first = copy.first
         # Each round is one step up to its await: what lost access until now is left out.
@@ -245,13 +240,15 @@ class BlockCopy:
             stop = access.find(0, first, copy.end)
             if stop < 0:
                 stop = copy.end
-            stop, is_zero = self._alike(data, copy.first, first, stop)
+            only_zeroes = data is None
+            if data is not None:
+                stop, only_zeroes = self._alike(data, copy.first, first, stop)
             start = first << shift
             run_length = min(stop << shift, state.size) - start
             piece: memoryview | None = None
-            if not is_zero:
+            if data is not None and not only_zeroes:
                 state.charge(first, stop)
-                piece = view[start - offset : start - offset + run_length]
+                piece = memoryview(data)[start - offset : start - offset + run_length]
             elif state.charged.bits.find(1, first, stop) < 0:
                 first = stop
                 continue
@@ -372,18 +369,3 @@ class BlockCopy:
         """Return when nothing runs here any more (a hung device call may keep it for ever)."""
         while tasks := self._tasks | self._releases:
             await asyncio.wait(tasks)
-
-
-_4K = ZEROES[:CLUSTER_SIZE_MIN]
-
-
-def _is_zero(data: Buffer, start: int, length: int) -> bool:
-    """Are these bytes all zero? ``length`` at most a cluster; compares without copying ``data``."""
-    while length > 0:
-        step = min(length, COPY_LENGTH_MAX)
-        zeroes = _4K if step == CLUSTER_SIZE_MIN else ZEROES[:step]
-        if not data.startswith(zeroes, start):
-            return False
-        start += step
-        length -= step
-    return True

@@ -8,7 +8,6 @@ import logging
 
 import pytest
 
-from fleecenbd.engine import block_copy
 from fleecenbd.engine.block_copy import COPIES_MAX, COPY_LENGTH_MAX, COPY_NOW_LENGTH_MAX, QUEUED_MAX
 from tests.simulation.gated import GatedDevice
 from tests.simulation.loop import settle
@@ -412,17 +411,3 @@ async def test_a_release_in_one_step_waits_for_nobody_and_frees_nothing() -> Non
     assert str(fleece.access) == "101000"
     temp.open("write")
     await writing
-
-
-def test_zeroes_are_told_from_data_over_more_than_one_step() -> None:
-    length = 2 * COPY_LENGTH_MAX + 5
-    data = bytearray(10 + length)
-    assert block_copy._is_zero(data, 10, length)
-    assert block_copy._is_zero(data, 0, 0)
-    for position in (10, 10 + COPY_LENGTH_MAX, 9 + 2 * COPY_LENGTH_MAX, 9 + length):
-        data[position] = 1
-        assert not block_copy._is_zero(data, 10, length)
-        data[position] = 0
-    data[9] = 1
-    assert block_copy._is_zero(data, 10, length)
-    assert block_copy._is_zero(data + b"x", 10, length)

@@ -12,6 +12,7 @@ from typing import Any
 LIMITS = {
     "COPY_LENGTH_MAX": "block_copy",
     "COPIES_MAX": "block_copy",
+    "HOLE_LENGTH_MIN": "copy_reads",
     "READ_NOW_LENGTH_MAX": "snapshot_access",
     "RANGES_MAX": "parts",
     "WRITE_NOW_LENGTH_MAX": "disk",

@@ -116,6 +116,7 @@ def _limits(rng: random.Random, unit: int) -> dict[str, int]:
         "TRIM_PART_MIN": rng.choice((1, 4096, 4096)),
         "STATUS_WINDOW": unit * rng.choice((1, 2, 64)),
         "STATUS_EXTENTS_MAX": rng.choice((1, 3, 1 << 14)),
+        "HOLE_LENGTH_MIN": rng.choice((256 << 10, unit, 0)),
     }
 
 

@@ -148,8 +148,16 @@ COPYING = (
             "            stop = access.find(0, first, copy.end)\n"
             "            if stop < 0:\n"
             "                stop = copy.end\n"
-            "            stop, is_zero",
-            "            stop = copy.end\n            stop, is_zero",
+            "            only_zeroes =",
+            "            stop = copy.end\n            only_zeroes =",
+        ),
+    ),
+    _bug(
+        "a copy takes what begins with a hole for a hole",
+        "copy_reads",
+        (
+            "return all(flags & EXTENT_ZERO for _, flags in extents)",
+            "return bool(extents[0][1] & EXTENT_ZERO)",
         ),
     ),
     _bug(
