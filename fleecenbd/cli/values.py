@@ -10,19 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fleecenbd.cli.errors import UsageError
+from fleecenbd.server.names import WHAT_NAMES_ARE, bad_name, is_name
 
-_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _SIZE = re.compile(r"([0-9]+)(?:([kmgtp])(?:ib)?)?", re.IGNORECASE)
 _NBD_URI = re.compile(r"(nbds?(\+unix|\+vsock)?)://")
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _RAW = "raw:"
 _QCOW2 = "qcow2:"
 _UNITS = ("", "k", "m", "g", "t", "p")
-
-NAME_LENGTH_MAX = 100
-"""Characters of a disk's or a session's name: DISK@SESSION stays far below NBD's 256."""
-
-_WHAT_NAMES_ARE = f"1 to {NAME_LENGTH_MAX} letters, digits, '.', '_' and '-'"
 
 PORT_MAX = 65535
 
@@ -44,9 +39,9 @@ def parse_disk(text: str) -> DiskSpec:
     name, equals, image = text.partition("=")
     if not equals or "/" in name or name.startswith((_RAW, _QCOW2)):
         name, equals, image = "", "", text
-    elif not _is_name(name):
+    elif not is_name(name):
         raise UsageError(
-            f"{text}: {name!r} before the '=' cannot be a disk's name: {_WHAT_NAMES_ARE}; "
+            f"{text}: {name!r} before the '=' cannot be a disk's name: {WHAT_NAMES_ARE}; "
             f"where {text} is the file, write NAME={text}"
         )
     raw = image.startswith(_RAW)
@@ -69,20 +64,20 @@ def parse_disk(text: str) -> DiskSpec:
         raise UsageError(f"{text!r} names no image; write [NAME=]IMAGE")
     if not equals:
         name = Path(image).stem
-        if not _is_name(name):
+        if not is_name(name):
             raise UsageError(_bad_stem(text, name, image, raw=raw))
     return DiskSpec(name, image, raw)
 
 
 def _bad_stem(text: str, stem: str, image: str, *, raw: bool) -> str:
     before, equals, after = image.partition("=")
-    if raw and equals and _is_name(before) and after:
+    if raw and equals and is_name(before) and after:
         return (
             f"{text}: {_RAW} goes before the path, after NAME=: write {before}={_RAW}{after}, "
             f"or NAME={text} where {image} is the file"
         )
     message = (
-        f"{text}: {stem!r}, of the file's name, cannot be a disk's name: {_WHAT_NAMES_ARE}; "
+        f"{text}: {stem!r}, of the file's name, cannot be a disk's name: {WHAT_NAMES_ARE}; "
         f"write NAME={text}"
     )
     if equals and before and not text.startswith((".", "/")):
@@ -104,18 +99,10 @@ def parse_disks(texts: Sequence[str]) -> tuple[DiskSpec, ...]:
     return tuple(disks.values())
 
 
-def _is_name(text: str) -> bool:
-    return (
-        _NAME.fullmatch(text) is not None
-        and text not in (".", "..")
-        and len(text) <= NAME_LENGTH_MAX
-    )
-
-
 def check_name(text: str, whose: str) -> str:
     """The text, if it can be a name; ``whose``: "a session", for the message."""
-    if not _is_name(text):
-        raise UsageError(f"{text!r} cannot be {whose}'s name: {_WHAT_NAMES_ARE}")
+    if not is_name(text):
+        raise UsageError(bad_name(text, whose))
     return text
 
 

@@ -14,6 +14,7 @@ import os
 import signal
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,15 @@ _PIPE_READS_MAX = 32
 """A pipe holds 1 MiB at most, without the help of root."""
 _KILLED_WAIT_S = 5.0
 """Seconds to wait for the end of what was killed: a process in a system call that hangs stays."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """The server's own commands, for sessions that name none."""
+
+    freeze: str | None = None
+    thaw: str | None = None
+    timeout_s: float = HOOK_TIMEOUT_S
 
 
 async def run_hook(

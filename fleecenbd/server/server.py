@@ -75,7 +75,7 @@ class Server:
         self.exports = Exports(default_export)
         self.clients = Clients(limits or ServerLimits(), self.exports.find, self.exports.listed)
         self._shared = shared
-        self._read_only = read_only
+        self.read_only = read_only
         self._beginning: dict[str, list[str]] = {}
         """Sessions that are being armed, and their disks."""
         self.events = Events()
@@ -118,8 +118,8 @@ class Server:
             raise OSError(errno.ESHUTDOWN, f"disk {disk.name} cannot come: the server is stopping")
         self.disks[disk.name] = disk
         # Readers of what nobody writes are in nobody's way.
-        shared = 0 if self._read_only else self._shared
-        self.exports[disk.name] = GuestExport(disk, read_only=self._read_only, shared=shared)
+        shared = 0 if self.read_only else self._shared
+        self.exports[disk.name] = GuestExport(disk, read_only=self.read_only, shared=shared)
         self.events.tell(DISK_ADDED, disk=disk.name, image=disk.device.name)
 
     async def remove_disk(self, name: str) -> None:
@@ -147,7 +147,7 @@ class Server:
             async with asyncio.timeout(STOP_DEADLINE_S):
                 if leftovers:
                     await asyncio.wait(leftovers)
-                if not self._read_only:
+                if not self.read_only:
                     await disk.flush()
                 disk.device.close()
                 await disk.device.wait_closed()
@@ -331,7 +331,7 @@ class Server:
         drains = [connection.drain() for connection in connections]
         await _within(deadline_s, [*drains, self.clients.wait_leftovers()])
         synced: set[str] = set()
-        if not self._read_only:
+        if not self.read_only:
             await _within(deadline_s, [self._sync(disk, synced) for disk in self.disks.values()])
             for disk in self.disks.values():
                 if disk.name not in synced:
@@ -348,7 +348,7 @@ class Server:
         if self._guest_records is not None:
             closes.append(self._guest_records.settle())
         await _within(CLOSE_DEADLINE_S, closes)
-        return self._read_only or len(synced) == len(self.disks)
+        return self.read_only or len(synced) == len(self.disks)
 
     def abort(self) -> None:
         """Stop at once: close every connection and image; calls in flight go on."""

@@ -1,0 +1,133 @@
+"""The bodies of the calls: what clients may send, and what they are sent. Unknown fields are
+refused, so that an option which was misspelt is not silently left out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from fleecenbd.engine.session import CLUSTER_SIZE_MAX, SessionOptions
+from fleecenbd.engine.state import CLUSTER_SIZE_MIN
+from fleecenbd.server.hooks import HOOK_TIMEOUT_S
+from fleecenbd.server.names import NAME_LENGTH_MAX
+from fleecenbd.server.views import DiskView, SessionView
+
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+TimeToLive = Annotated[float, Meta(gt=0, le=1e9)]
+Count = Annotated[int, Meta(ge=0, lt=1 << 63)]
+Name = Annotated[str, Meta(min_length=1, max_length=NAME_LENGTH_MAX, pattern=r"^[A-Za-z0-9._-]+$")]
+Command = Annotated[str, Meta(max_length=4096)]
+
+
+class BeginBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """How to begin a session. Sizes in bytes, times in seconds."""
+
+    disks: Annotated[
+        list[Name] | None, Meta(description="the disks it is over; null: all of them")
+    ] = None
+    on_cbw_error: Annotated[
+        Literal["break-snapshot", "break-guest-write"],
+        Meta(description="what gives way when old data cannot be kept"),
+    ] = "break-snapshot"
+    cbw_timeout: Annotated[
+        Seconds, Meta(description="how long a guest write may wait for old data; 0: for ever")
+    ] = SessionOptions.cbw_timeout_s
+    temp_limit: Annotated[
+        Count | None, Meta(description="bytes of old data kept, for each disk; null: no limit")
+    ] = None
+    cluster_size: Annotated[
+        Annotated[int, Meta(ge=CLUSTER_SIZE_MIN, le=CLUSTER_SIZE_MAX)] | None,
+        Meta(description="a power of two; null: the smallest that keeps a bitmap small"),
+    ] = None
+    ttl: Annotated[
+        TimeToLive | None, Meta(description="seconds from arming to its end, as failed")
+    ] = None
+    idle_ttl: Annotated[
+        TimeToLive | None, Meta(description="seconds from the last request to its end, as failed")
+    ] = None
+    owner: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=200)] | None,
+        Meta(
+            description="a word of the caller's own: with it, and the same options, asking "
+            "again gets the same session"
+        ),
+    ] = None
+    freeze_cmd: Annotated[
+        Command | UnsetType | None,
+        Meta(description="shell command before arming; left out: the server's; null: none"),
+    ] = UNSET
+    thaw_cmd: Annotated[
+        Command | UnsetType | None,
+        Meta(description="shell command after arming, always; left out: the server's; null: none"),
+    ] = UNSET
+    hook_timeout: Annotated[
+        TimeToLive | UnsetType,
+        Meta(
+            description="seconds after which a hook is killed; left out: the server's, "
+            f"{HOOK_TIMEOUT_S:g} by default"
+        ),
+    ] = UNSET
+
+
+class AddDiskBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A disk to serve."""
+
+    image: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            max_length=4096,
+            description="absolute path of a raw file or a block device; raw:PATH as on the "
+            "command line",
+        ),
+    ]
+
+
+class BegunDisk(msgspec.Struct, frozen=True):
+    """One disk of a session that has begun."""
+
+    disk: str
+    export: str
+    uri: Annotated[str | None, Meta(description="the first of uris; null where there is none")]
+    uris: list[str]
+    size: int
+    cluster_size: int
+
+
+class BeginAnswer(msgspec.Struct, frozen=True):
+    """A session that has begun."""
+
+    name: str
+    id: str
+    armed_at: Annotated[float, Meta(description="seconds since the epoch")]
+    pause_ms: Annotated[float, Meta(description="how long guest writes were held")]
+    warnings: list[str]
+    disks: list[BegunDisk]
+
+
+class Disks(msgspec.Struct, frozen=True):
+    disks: list[DiskView]
+
+
+class SessionList(msgspec.Struct, frozen=True):
+    sessions: Annotated[
+        list[SessionView], Meta(description="the last 20 finished ones first, oldest first")
+    ]
+
+
+class Status(msgspec.Struct, frozen=True):
+    """Everything at one moment."""
+
+    version: str
+    pid: int
+    disks: list[DiskView]
+    sessions: list[SessionView]
+
+
+class Error(msgspec.Struct, frozen=True):
+    """Why a call failed."""
+
+    error: str

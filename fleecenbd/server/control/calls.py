@@ -1,0 +1,182 @@
+"""The calls: from a request's parts to an answer, without HTTP."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TypeVar
+
+import msgspec
+from msgspec import UNSET
+
+from fleecenbd import __version__
+from fleecenbd.engine.session import SessionOptions
+from fleecenbd.server.control.bodies import (
+    AddDiskBody,
+    BeginAnswer,
+    BeginBody,
+    BegunDisk,
+    Disks,
+    SessionList,
+    Status,
+)
+from fleecenbd.server.control.errors import CallError, from_os_error
+from fleecenbd.server.hooks import Hooks
+from fleecenbd.server.names import bad_name, is_name
+from fleecenbd.server.sessions import Ask, Begun, Places, Sessions
+from fleecenbd.server.views import DiskView, SessionView
+
+BodyT = TypeVar("BodyT")
+
+RESULTS = ("success", "failed")
+
+
+def decode(body: bytes, kind: type[BodyT]) -> BodyT:
+    """The body of a call. Raises CallError: 400 for what is no JSON, 422 for what does not fit."""
+    try:
+        return msgspec.json.decode(body or b"{}", type=kind)
+    except msgspec.ValidationError as error:
+        raise CallError(422, f"the body is not as it should be: {_plain(str(error))}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CallError(400, f"the body is no JSON: {error}") from None
+
+
+def _plain(text: str) -> str:
+    return text.replace("Object contains", "it has an").replace(" - at `$", " - at `body")
+
+
+def check_name(name: str, whose: str) -> str:
+    """Raises CallError(400)."""
+    if not is_name(name):
+        raise CallError(400, bad_name(name, whose))
+    return name
+
+
+class Calls:
+    """What can be asked of one server."""
+
+    def __init__(self, sessions: Sessions, places: Places, hooks: Hooks) -> None:
+        self.sessions = sessions
+        self._places = places
+        self._hooks = hooks
+
+    # -- looking ---------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        """Everything at one moment."""
+        return Status(
+            version=__version__,
+            pid=os.getpid(),
+            disks=self.sessions.disk_views(),
+            sessions=self.sessions.views(),
+        )
+
+    def disks(self) -> Disks:
+        return Disks(self.sessions.disk_views())
+
+    def disk(self, name: str) -> DiskView:
+        try:
+            return self.sessions.disk_view(check_name(name, "a disk"))
+        except OSError as error:
+            raise from_os_error(error) from None
+
+    def session_list(self) -> SessionList:
+        return SessionList(self.sessions.views())
+
+    def session(self, name: str) -> SessionView:
+        try:
+            return self.sessions.find(check_name(name, "a session"))
+        except OSError as error:
+            raise from_os_error(error) from None
+
+    # -- changing --------------------------------------------------------------------------
+
+    async def begin(self, name: str, body: bytes) -> tuple[int, BeginAnswer]:
+        """Begin a session: 201, or 200 for one that was there."""
+        check_name(name, "a session")
+        ask = self._ask(decode(body, BeginBody))
+        try:
+            begun = await self.sessions.begin(name, ask)
+        except OSError as error:
+            refused = from_os_error(error)
+            raise CallError(refused.status, f"cannot begin session {name}: {refused}") from error
+        return (201 if begun.is_new else 200), self._answer(begun)
+
+    def _ask(self, body: BeginBody) -> Ask:
+        try:
+            options = SessionOptions(
+                on_cbw_error=body.on_cbw_error,
+                cbw_timeout_s=body.cbw_timeout,
+                temp_limit=body.temp_limit,
+                cluster_size=body.cluster_size,
+            )
+        except ValueError as error:
+            raise CallError(422, f"the body is not as it should be: {error}") from None
+        hooks = self._hooks
+        return Ask(
+            disks=None if body.disks is None else tuple(body.disks),
+            options=options,
+            owner=body.owner,
+            ttl_s=body.ttl,
+            idle_ttl_s=body.idle_ttl,
+            # An empty command is none.
+            freeze=(hooks.freeze if body.freeze_cmd is UNSET else body.freeze_cmd) or None,
+            thaw=(hooks.thaw if body.thaw_cmd is UNSET else body.thaw_cmd) or None,
+            hook_timeout_s=(hooks.timeout_s if body.hook_timeout is UNSET else body.hook_timeout),
+        )
+
+    def _answer(self, begun: Begun) -> BeginAnswer:
+        session = begun.session
+        disks = []
+        for fleece in session.fleeces:
+            uris = list(self._places.uris(fleece.name))
+            disks.append(
+                BegunDisk(
+                    disk=fleece.disk.name,
+                    export=fleece.name,
+                    uri=uris[0] if uris else None,
+                    uris=uris,
+                    size=fleece.size,
+                    cluster_size=fleece.cluster_size,
+                )
+            )
+        return BeginAnswer(
+            name=session.name,
+            id=session.id,
+            armed_at=session.armed_at,
+            pause_ms=session.pause_s * 1000,
+            warnings=list(begun.warnings),
+            disks=disks,
+        )
+
+    def finish(self, name: str, query: Mapping[str, str]) -> SessionView:
+        """End a session; as it was just before."""
+        check_name(name, "a session")
+        result = query.get("result", "success")
+        unknown = [key for key in query if key != "result"]
+        if unknown or result not in RESULTS:
+            wrong = f"{unknown[0]}=" if unknown else f"result={result}"
+            raise CallError(422, f"{wrong[:40]!r} is not understood; result=success or failed is")
+        try:
+            return self.sessions.finish(name, failed=result == "failed")
+        except OSError as error:
+            raise from_os_error(error) from None
+
+    async def add_disk(self, name: str, body: bytes) -> DiskView:
+        check_name(name, "a disk")
+        image = decode(body, AddDiskBody).image
+        if not os.path.isabs(image.removeprefix("raw:")) or "\0" in image:
+            raise CallError(
+                422, f"{image!r} is no absolute path; the server has a folder of its own"
+            )
+        try:
+            return await self.sessions.add_disk(name, image)
+        except OSError as error:
+            raise from_os_error(error) from error
+
+    async def remove_disk(self, name: str) -> None:
+        check_name(name, "a disk")
+        try:
+            await self.sessions.remove_disk(name)
+        except OSError as error:
+            raise from_os_error(error) from error

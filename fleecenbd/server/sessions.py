@@ -1,0 +1,373 @@
+"""Sessions begun and finished while guests run: whose they are, their hooks, how long they live.
+
+    begin   refuse what cannot be ▶ freeze command ▶ arm ▶ thaw command, whatever happened
+    finish  by whoever asks, by ``ttl`` since arming, by ``idle_ttl`` since the last request
+
+The server arms and ends sessions; here is what stands around that. A begin runs in a task of its
+own: who asked for it may go, come back, ask again with the same owner and the same options, and
+get the same session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
+
+from fleecenbd.engine.disk import Disk
+from fleecenbd.engine.session import MakeTemp, Session, SessionOptions
+from fleecenbd.server.catalog import FINISHED_MAX
+from fleecenbd.server.events import HOOK_FAILED
+from fleecenbd.server.exports import FleecingExport
+from fleecenbd.server.hooks import HOOK_TIMEOUT_S, run_hook
+from fleecenbd.server.server import Server
+from fleecenbd.server.views import DiskView, Life, SessionView, disk_view, session_view
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a begin asks for; two that are equal ask for the same.
+
+    ``disks`` None: all. ``owner``: who may ask again; None: nobody. ``freeze``, ``thaw``:
+    commands around arming; None: none.
+    """
+
+    disks: tuple[str, ...] | None = None
+    options: SessionOptions = field(default_factory=SessionOptions)
+    owner: str | None = None
+    ttl_s: float | None = None
+    idle_ttl_s: float | None = None
+    freeze: str | None = None
+    thaw: str | None = None
+    hook_timeout_s: float = HOOK_TIMEOUT_S
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The answer to a begin. ``is_new``: the session was not there before."""
+
+    session: Session
+    warnings: tuple[str, ...]
+    is_new: bool = True
+
+
+class Places(Protocol):
+    """Where things are: what the command line knows, and nobody else."""
+
+    def make_temp(self, session: str) -> MakeTemp:
+        """Who makes the temp images of a session. Raises OSError where there is no place."""
+
+    def open_disk(self, name: str, image: str) -> Awaitable[Disk]:
+        """Open, lock and check the image of a disk to come. Raises OSError."""
+
+    def uris(self, export: str) -> Sequence[str]:
+        """The NBD URIs that lead to an export."""
+
+
+@dataclass
+class _Known:
+    """A session that is not finished, and what it was begun with."""
+
+    ask: Ask
+    begun: Begun
+    used_at: float
+    """The loop's time of the last request."""
+    timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
+
+
+class Sessions:
+    """The sessions of a server at run time."""
+
+    def __init__(self, server: Server, places: Places) -> None:
+        self.finished: deque[SessionView] = deque(maxlen=FINISHED_MAX)
+        """The last ones, oldest first, as they were just before their end."""
+        self._server = server
+        self._places = places
+        self._known: dict[str, _Known] = {}
+        self._beginning: dict[str, tuple[Ask, asyncio.Task[Begun]]] = {}
+        self._writes: dict[Disk, int] = {}
+        """Guest writes that a disk had had when its last session began."""
+        self.results = {"success": 0, "failed": 0}
+        """Finished sessions since the start, counted."""
+        self._closed = False
+        server.finishing.append(self._ends)
+
+    # -- begin -----------------------------------------------------------------------------
+
+    async def begin(self, name: str, ask: Ask) -> Begun:
+        """Begin a session, or find the one that the same owner has begun with the same options.
+
+        Raises OSError: EEXIST where the name is somebody else's, ENOENT for an unknown disk,
+        ESHUTDOWN, what a hook or arming failed with. Cancelling it ends the waiting only.
+        """
+        running = self._beginning.get(name)
+        if running is None:
+            known = self._known.get(name)
+            if known is not None and name in self._server.sessions:
+                self._check_same(name, ask, known.ask)
+                return replace(known.begun, is_new=False)
+            self._check_possible(name, ask)
+            task = asyncio.get_running_loop().create_task(
+                self._begin(name, ask), name=f"begin {name}"
+            )
+            self._beginning[name] = (ask, task)
+            task.add_done_callback(partial(self._begin_ended, name))
+            return await asyncio.shield(task)
+        self._check_same(name, ask, running[0])
+        return replace(await asyncio.shield(running[1]), is_new=False)
+
+    def _begin_ended(self, name: str, task: asyncio.Task[Begun]) -> None:
+        del self._beginning[name]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # Whoever asked may have gone.
+            logger.warning("session %s could not begin: %s", name, error)
+
+    def _check_same(self, name: str, ask: Ask, other: Ask) -> None:
+        if ask.owner is None or ask.owner != other.owner:
+            raise OSError(
+                errno.EEXIST,
+                f"there is a session called {name} already; finish it, or take another name",
+            )
+        if ask != other:
+            raise OSError(
+                errno.EEXIST,
+                f"session {name} is this owner's, but was begun with other options; "
+                "finish it, or ask with the same ones",
+            )
+
+    def _check_possible(self, name: str, ask: Ask) -> None:
+        """What needs no guest to be frozen to be refused."""
+        if self._closed:
+            raise OSError(errno.ESHUTDOWN, f"session {name} cannot begin: the server is stopping")
+        if name in self._server.sessions:
+            raise OSError(errno.EEXIST, f"there is a session called {name} already")
+        for disk in ask.disks or ():
+            self._server.disk(disk)
+
+    async def _begin(self, name: str, ask: Ask) -> Begun:
+        make_temp = self._places.make_temp(name)
+        names = list(self._server.disks) if ask.disks is None else list(ask.disks)
+        warnings = self._warnings(names)
+        try:
+            if ask.freeze is not None:
+                await self._hook(name, names, "freeze", ask.freeze, ask.hook_timeout_s)
+            session = await self._server.begin(name, names, ask.options, make_temp)
+        finally:
+            # Whatever happened, a failed or killed freeze command included.
+            if ask.thaw is not None:
+                warnings += await self._thaw(name, names, ask.thaw, ask.hook_timeout_s)
+        begun = Begun(session, tuple(warnings))
+        for warning in warnings:
+            logger.warning("session %s: %s", name, warning)
+        if name in self._server.sessions:  # the thaw command may have taken its time
+            self.adopt(session, ask, begun)
+        return begun
+
+    async def _hook(
+        self, session: str, disks: list[str], which: str, command: str, timeout_s: float
+    ) -> None:
+        environment = {
+            "FLEECENBD_HOOK": which,
+            "FLEECENBD_SESSION": session,
+            "FLEECENBD_DISKS": " ".join(disks),
+        }
+        what = f"session {session}: the {which} command"
+        try:
+            await run_hook(what, command, timeout_s=timeout_s, environment=environment)
+        except OSError as error:
+            self._server.events.tell(
+                HOOK_FAILED, session=session, hook=which, reason=error.strerror
+            )
+            raise
+
+    async def _thaw(
+        self, session: str, disks: list[str], command: str, timeout_s: float
+    ) -> list[str]:
+        """The warnings. Not to be cancelled: a guest that stays frozen is worse than a wait."""
+        thawing = asyncio.ensure_future(self._hook(session, disks, "thaw", command, timeout_s))
+        cancelled: asyncio.CancelledError | None = None
+        while not thawing.done():
+            try:
+                await asyncio.wait({thawing})
+            except asyncio.CancelledError as error:
+                cancelled = error
+        failure = thawing.exception()
+        if cancelled is not None:
+            raise cancelled
+        if failure is None:
+            return []
+        text = failure.strerror if isinstance(failure, OSError) else repr(failure)
+        logger.error("%s; the guest may still be frozen", text)
+        return [f"{text}; the guest may still be frozen"]
+
+    def _warnings(self, names: Sequence[str]) -> list[str]:
+        """What makes it likely that the guest does not write through this server."""
+        warnings = []
+        for name in names:
+            disk = self._server.disks.get(name)
+            if disk is None or self._server.read_only:
+                continue
+            before = self._writes.get(disk)
+            if not self._server.clients_of(name):
+                warnings.append(f"no guest is connected to {name}: does it write past this server?")
+            elif before is not None and before == disk.writes:
+                warnings.append(
+                    f"no guest has written to {name} since its last session: "
+                    "does it write past this server?"
+                )
+        return warnings
+
+    def adopt(self, session: Session, ask: Ask, begun: Begun | None = None) -> None:
+        """Look after a session of the server that is not looked after yet."""
+        loop = asyncio.get_running_loop()
+        known = _Known(ask, begun or Begun(session, ()), used_at=loop.time())
+        self._known[session.name] = known
+        for fleece in session.fleeces:
+            self._writes[fleece.disk] = fleece.disk.writes
+        if ask.ttl_s is not None:
+            left = session.armed_at + ask.ttl_s - time.time()
+            known.timers["ttl"] = loop.call_later(
+                max(left, 0), self._too_old, session, f"its ttl of {ask.ttl_s:g} s is over"
+            )
+        if ask.idle_ttl_s is not None:
+
+            def used() -> None:
+                known.used_at = loop.time()
+
+            for fleece in session.fleeces:
+                export = self._server.exports[fleece.name]
+                assert isinstance(export, FleecingExport), "it has the name of one"
+                export.tell_use(used)
+            self._watch_use(session, known, ask.idle_ttl_s)
+
+    # -- end -------------------------------------------------------------------------------
+
+    def finish(self, name: str, *, failed: bool = False) -> SessionView:
+        """End a session; as it was. Raises OSError(ENOENT), with its result if it was finished."""
+        if name not in self._server.sessions:
+            for view in reversed(self.finished):
+                if view.name == name:
+                    raise OSError(
+                        errno.ENOENT, f"session {name} is finished already ({view.result})"
+                    )
+        self._server.finish(name, failed=failed)
+        return self.finished[-1]
+
+    def _ends(self, session: Session, failed: bool) -> None:
+        """The server ends a session, whoever asked for it."""
+        view = self.view(session)
+        result = "failed" if failed else "success"
+        self.results[result] += 1
+        self.finished.append(
+            replace(
+                view,
+                state="finished",
+                result=result,
+                finished_at=time.time(),
+                ttl_left=None,
+                idle_ttl_left=None,
+            )
+        )
+        known = self._known.pop(session.name, None)
+        if known is not None:
+            for timer in known.timers.values():
+                timer.cancel()
+
+    def _too_old(self, session: Session, why: str) -> None:
+        if self._server.sessions.get(session.name) is session:
+            logger.warning("session %s %s: %s", session.name, session.id, why)
+            self._server.finish(session.name, failed=True)
+
+    def _watch_use(self, session: Session, known: _Known, idle_ttl_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        left = known.used_at + idle_ttl_s - loop.time()
+        if left <= 0:
+            self._too_old(session, f"nobody has asked for anything for {idle_ttl_s:g} s (idle ttl)")
+        else:
+            known.timers["idle_ttl"] = loop.call_later(
+                left, self._watch_use, session, known, idle_ttl_s
+            )
+
+    async def close(self) -> None:
+        """The server stops: begin no more; thaw what is frozen."""
+        self._closed = True
+        tasks = [task for _, task in self._beginning.values()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    # -- disks -----------------------------------------------------------------------------
+
+    async def add_disk(self, name: str, image: str) -> DiskView:
+        """Serve one more disk. Raises OSError."""
+        if name in self._server.disks:
+            raise OSError(errno.EEXIST, f"there is a disk called {name} already")
+        disk = await self._places.open_disk(name, image)
+        try:
+            self._server.add_disk(disk)
+        except BaseException:
+            disk.device.close()
+            raise
+        logger.info("disk %s: added, %s", name, image)
+        return self.disk_view(name)
+
+    async def remove_disk(self, name: str) -> None:
+        """Serve it no more, sync and close it. Raises OSError as Server.remove_disk."""
+        disk = self._server.disk(name)
+        await self._server.remove_disk(name)
+        self._writes.pop(disk, None)
+
+    # -- views -----------------------------------------------------------------------------
+
+    def view(self, session: Session) -> SessionView:
+        """What there is to see of a session that is not finished."""
+        known = self._known.get(session.name)
+        life = Life()
+        if known is not None:
+            ask = known.ask
+            idle_s = asyncio.get_running_loop().time() - known.used_at
+            life = Life(
+                owner=ask.owner,
+                ttl=ask.ttl_s,
+                ttl_left=_left(ask.ttl_s, time.time() - session.armed_at),
+                idle_ttl=ask.idle_ttl_s,
+                idle_ttl_left=_left(ask.idle_ttl_s, idle_s),
+            )
+        return session_view(self._server, session, life, self._places.uris)
+
+    def active_views(self) -> list[SessionView]:
+        """Those that are not finished, oldest first."""
+        return [self.view(session) for session in self._server.sessions.values()]
+
+    def views(self) -> list[SessionView]:
+        """The last finished ones, then the others; oldest first."""
+        return [*self.finished, *self.active_views()]
+
+    def disk_views(self) -> list[DiskView]:
+        """All disks."""
+        return [self.disk_view(name) for name in self._server.disks]
+
+    def disk_view(self, name: str) -> DiskView:
+        """The disk of this name. Raises OSError(ENOENT)."""
+        return disk_view(self._server, self._server.disk(name), self._places.uris)
+
+    def find(self, name: str) -> SessionView:
+        """The session of this name, or else the last finished one. Raises OSError(ENOENT)."""
+        if name not in self._server.sessions:
+            for view in reversed(self.finished):
+                if view.name == name:
+                    return view
+        return self.view(self._server.session(name))
+
+
+def _left(total: float | None, spent: float) -> float | None:
+    return None if total is None else max(0.0, total - spent)
