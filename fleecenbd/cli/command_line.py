@@ -14,6 +14,16 @@ import typer
 
 from fleecenbd import __version__
 from fleecenbd.cli.command import StrictCommand
+from fleecenbd.cli.control_commands import add_commands
+from fleecenbd.cli.control_options import (
+    ControlPath,
+    FreezeCommand,
+    HookTimeout,
+    IdleTtl,
+    MetricsAddress,
+    ThawCommand,
+    Ttl,
+)
 from fleecenbd.cli.endpoints import DEFAULT_PORT
 from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.serve import serve
@@ -244,6 +254,13 @@ def _serve(
             f"Default: {SessionOptions.cbw_timeout_s:g}.",
         ),
     ] = None,
+    ttl: Ttl = None,
+    idle_ttl: IdleTtl = None,
+    control: ControlPath = None,
+    metrics: MetricsAddress = None,
+    freeze_cmd: FreezeCommand = None,
+    thaw_cmd: ThawCommand = None,
+    hook_timeout: HookTimeout = None,
     default_export: Annotated[
         str | None,
         typer.Option(
@@ -332,6 +349,13 @@ def _serve(
             cluster_size=cluster_size,
             on_cbw_error=on_cbw_error.value if on_cbw_error is not None else None,
             cbw_timeout=cbw_timeout,
+            ttl=ttl,
+            idle_ttl=idle_ttl,
+            control=control,
+            metrics=metrics,
+            freeze_cmd=freeze_cmd,
+            thaw_cmd=thaw_cmd,
+            hook_timeout=hook_timeout,
             default_export=default_export,
             read_only=read_only,
             shared=shared,
@@ -344,6 +368,9 @@ def _serve(
     )
 
 
+add_commands(app)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the command; its exit status. Raises UsageError, and what ``serve`` raises."""
     try:
@@ -352,7 +379,10 @@ def run(arguments: Sequence[str]) -> int:
     except _USAGE_ERROR as error:
         text = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
         text = text.replace("Value error, ", "")  # how the parser's own library begins a cause
-        raise UsageError(f"{text}; see fleecenbd --help, fleecenbd serve --help") from None
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "fleecenbd"
+        more = path if " " in path else "fleecenbd serve"
+        raise UsageError(f"{text}; see fleecenbd --help, {more} --help") from None
     except typer.Abort:
         return 130
     return status if isinstance(status, int) else 0

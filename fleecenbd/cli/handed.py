@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import select
 import socket
@@ -20,17 +19,17 @@ class Handed:
     """What whoever started us has made.
 
     ``endpoints``: listening sockets; None: no socket activation. ``client``: the connection of
-    --single. ``starter``: pid of the client that started us for itself.
+    --single. ``starter``: pid of the client that started us for itself. ``controls``: control
+    sockets.
     """
 
     endpoints: list[Endpoint] | None = None
     client: socket.socket | None = None
     starter: int | None = None
+    controls: tuple[socket.socket, ...] = ()
 
 
 NOTHING_HANDED = Handed()
-
-logger = logging.getLogger(__name__)
 
 _STANDARD = (0, 1, 2)
 _IS_NO_SOCKET = (
@@ -62,23 +61,30 @@ def take_standard_input() -> socket.socket:
     return sock
 
 
-def take_activated(environment: MutableMapping[str, str]) -> list[Endpoint] | None:
+def take_activated(
+    environment: MutableMapping[str, str],
+) -> tuple[list[Endpoint] | None, tuple[socket.socket, ...]]:
     """The sockets handed over by systemd, or by a client that does as systemd does.
 
-    LISTEN_FDNAMES ``backup``: fleecing exports only; ``control`` is for later; any other: all
-    exports. None: there was no socket activation. Raises CommandError.
+    LISTEN_FDNAMES ``backup``: fleecing exports only; ``control``: apart, in the second place; any
+    other: all exports. None: there was no socket activation. Raises CommandError.
     """
     try:
         found = activated_sockets(environment)
     except OSError as error:
         raise CommandError(reason(error)) from None
     if found is None:
-        return None
+        return None, ()
     endpoints = []
+    controls = []
     for name, sock in found:
         if name == "control":
-            logger.warning("there is no control socket yet: nobody will answer on the one given")
-            sock.close()
+            if sock.family != socket.AF_UNIX:
+                raise CommandError(
+                    "socket activation handed over a control socket that is no Unix socket: "
+                    "whoever reaches it would control the server; listen on a path"
+                )
+            controls.append(sock)
             continue
         unix = None
         if sock.family == socket.AF_UNIX:
@@ -87,10 +93,10 @@ def take_activated(environment: MutableMapping[str, str]) -> list[Endpoint] | No
         endpoints.append(Endpoint(sock, name == "backup", unix))
     if not endpoints:
         raise CommandError(
-            "socket activation handed over a control socket only, and there is none yet; "
-            "add a socket called guest or backup"
+            "socket activation handed over a control socket only: no guest and no backup could "
+            "connect; add a socket called guest or backup"
         )
-    return endpoints
+    return endpoints, tuple(controls)
 
 
 def starting_client(endpoints: list[Endpoint]) -> int | None:

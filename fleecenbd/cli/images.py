@@ -23,7 +23,7 @@ from fleecenbd.storage.temp import TempImage
 
 def open_disks(specs: Sequence[DiskSpec], *, read_only: bool, force_share: bool) -> list[Disk]:
     """Open, lock and look at every image. Raises CommandError. Blocks; needs no event loop."""
-    _check_all_different(specs)
+    check_all_different(specs)
     disks: list[Disk] = []
     try:
         for spec in specs:
@@ -35,7 +35,7 @@ def open_disks(specs: Sequence[DiskSpec], *, read_only: bool, force_share: bool)
     return disks
 
 
-def _check_all_different(specs: Sequence[DiskSpec]) -> None:
+def check_all_different(specs: Sequence[DiskSpec]) -> None:
     """Two disks over one image would overwrite each other's past, whatever locks say."""
     seen: dict[tuple[bool, int, int], DiskSpec] = {}
     for spec in specs:

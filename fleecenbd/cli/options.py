@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fleecenbd.cli import values
@@ -14,6 +14,7 @@ from fleecenbd.cli.places import default_socket
 from fleecenbd.cli.values import DiskSpec
 from fleecenbd.engine.session import SessionOptions
 from fleecenbd.engine.state import CLUSTER_SIZE_MIN
+from fleecenbd.server.hooks import Hooks
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,13 @@ class ServeOptions:
     """Where it is noted which guests are connected; None: nowhere."""
     session: str | None = None
     session_options: SessionOptions = field(default_factory=SessionOptions)
+    ttl_s: float | None = None
+    idle_ttl_s: float | None = None
+    control: str | None = None
+    """Path of the control socket; None: none is made."""
+    control_is_default: bool = False
+    metrics: tuple[str, int] | None = None
+    hooks: Hooks = field(default_factory=Hooks)
     default_export: str | None = None
     read_only: bool = False
     force_share: bool = False
@@ -179,3 +187,19 @@ def choose_session_options(
             "nothing could be kept; leave the option out for no limit"
         )
     return options
+
+
+def choose_hooks(freeze: str | None, thaw: str | None, timeout: str | None) -> Hooks:
+    """The server's own hooks, as typed. Raises UsageError."""
+    given = Hooks(freeze or None, thaw or None)
+    if timeout is None:
+        return given
+    return replace(given, timeout_s=values.parse_period(timeout, "--hook-timeout"))
+
+
+def check_control(control: str | None, addresses: Addresses | None, pidfile: str | None) -> None:
+    """Raise UsageError if another socket, or the pidfile, is to be where the control socket is."""
+    if addresses is not None:
+        _refuse_twice("--unix", addresses.unix, "--control", control)
+        _refuse_twice("--backup-unix", addresses.backup_unix, "--control", control)
+    _refuse_twice("--control", control, "--pidfile", pidfile)

@@ -10,6 +10,7 @@ from pathlib import Path
 from fleecenbd.cli.errors import UsageError
 
 SOCKET_NAME = "fleecenbd.sock"
+CONTROL_SUFFIX = ".control"
 ROOTS_STATE = Path("/var/lib/fleecenbd")
 
 
@@ -24,6 +25,11 @@ def default_socket(environment: Mapping[str, str], user_id: int) -> Path:
         "there is no runtime directory for the socket: XDG_RUNTIME_DIR is not set; "
         "give a path with --unix"
     )
+
+
+def default_control(unix: str) -> str:
+    """The control socket of a server on this Unix socket; ``-``, a private one, has one beside."""
+    return f"{unix}{CONTROL_SUFFIX}"
 
 
 def default_state_directory(environment: Mapping[str, str], user_id: int) -> Path:

@@ -16,6 +16,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from fleecenbd.cli import logs
+from fleecenbd.cli.controlling import Control, ServerPlaces
 from fleecenbd.cli.endpoints import Endpoint, open_endpoints
 from fleecenbd.cli.errors import CommandError, reason
 from fleecenbd.cli.handed import NOTHING_HANDED, Handed
@@ -26,6 +27,7 @@ from fleecenbd.cli.stopping import Stopping
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server.guest_records import GuestRecords
 from fleecenbd.server.server import Server
+from fleecenbd.server.sessions import Ask
 from fleecenbd.server.sockets import notify
 
 logger = logging.getLogger(__name__)
@@ -52,13 +54,14 @@ async def run_server(
     )
     for disk in disks:
         server.add_disk(disk)
+    control = Control(options, handed)
     with ExitStack() as files:
         try:
-            status = await _serve(server, options, handed, stopping, files)
+            status = await _serve(server, control, records, options, handed, stopping, files)
         finally:
             notify(os.environ, "STOPPING=1")
             files.close()  # while the sockets are open: see open_endpoints
-            stopped = await _stop(server, stopping)
+            stopped = await _stop(server, control, stopping)
             stopping.release_signals()
     return status if stopped else 1
 
@@ -81,6 +84,8 @@ def guest_records(options: ServeOptions, disks: Sequence[Disk]) -> GuestRecords 
 
 async def _serve(
     server: Server,
+    control: Control,
+    records: GuestRecords | None,
     options: ServeOptions,
     handed: Handed,
     stopping: Stopping,
@@ -89,12 +94,16 @@ async def _serve(
     endpoints = handed.endpoints or []
     if options.addresses is not None:
         endpoints = open_endpoints(options.addresses, files)
+    control.open(endpoints, files)
     if options.session is not None and not await _unless_asked(
         stopping, _begin(server, options, options.session)
     ):
         return 0
     for endpoint in endpoints:
         server.listen(endpoint.socket, backup_only=endpoint.backup_only)
+    sessions = control.start(server, ServerPlaces(server, options, endpoints, records))
+    for session in server.sessions.values():
+        sessions.adopt(session, _asked(options))
     if handed.starter is not None:
         stopping.ask_at_end_of(handed.starter)
     if options.pidfile is not None:
@@ -109,7 +118,7 @@ async def _serve(
         )
     notify(os.environ, "READY=1")
     if options.command is not None:
-        return await _run_command(options, options.command, endpoints, stopping)
+        return await _run_command(options, options.command, endpoints, control.path, stopping)
     if handed.client is not None:
         await _unless_asked(stopping, server.serve_connected(handed.client))
     else:
@@ -142,6 +151,11 @@ async def _begin(server: Server, options: ServeOptions, session: str) -> None:
         raise CommandError(f"cannot begin session {session}: {reason(error)}") from error
 
 
+def _asked(options: ServeOptions) -> Ask:
+    """What --begin has asked for; the server's own hooks are for guests that are connected."""
+    return Ask(options=options.session_options, ttl_s=options.ttl_s, idle_ttl_s=options.idle_ttl_s)
+
+
 def _tell_addresses(options: ServeOptions, endpoints: Sequence[Endpoint]) -> None:
     known = [endpoint for endpoint in endpoints if endpoint.is_known and not endpoint.backup_only]
     first = known[0] if known else None
@@ -159,13 +173,19 @@ def _tell_addresses(options: ServeOptions, endpoints: Sequence[Endpoint]) -> Non
 
 
 async def _run_command(
-    options: ServeOptions, command: str, endpoints: Sequence[Endpoint], stopping: Stopping
+    options: ServeOptions,
+    command: str,
+    endpoints: Sequence[Endpoint],
+    control: str | None,
+    stopping: Stopping,
 ) -> int:
     """Run the command of --run to its end; its exit status, 128 + n for signal n."""
     environment = dict(os.environ)
     environment.pop("NOTIFY_SOCKET", None)
     first = endpoints[0]
     environment["uri"] = first.uri(options.command_export)
+    if control is not None:
+        environment["FLEECENBD_CONTROL"] = control
     environment["unixsocket"] = first.unix or ""
     ports = [endpoint.port for endpoint in endpoints if endpoint.port and not endpoint.backup_only]
     environment["port"] = str(ports[0]) if ports else ""
@@ -197,9 +217,9 @@ async def _run_command(
             task.cancel()
 
 
-async def _stop(server: Server, stopping: Stopping) -> bool:
+async def _stop(server: Server, control: Control, stopping: Stopping) -> bool:
     """Stop the server; False where it was at once, it failed, or an image is not synced."""
-    stop = asyncio.create_task(server.stop())
+    stop = asyncio.create_task(_stop_all(server, control))
     at_once = asyncio.create_task(stopping.at_once.wait())
     try:
         await asyncio.wait({stop, at_once}, return_when=asyncio.FIRST_COMPLETED)
@@ -212,6 +232,13 @@ async def _stop(server: Server, stopping: Stopping) -> bool:
         return stop.result()
     finally:
         await _end_tasks()
+
+
+async def _stop_all(server: Server, control: Control) -> bool:
+    closing = asyncio.create_task(control.close())
+    stopped = await server.stop()
+    await closing
+    return stopped
 
 
 async def _end_tasks() -> None:

@@ -12,15 +12,17 @@ from fleecenbd.cli.handed import Handed, starting_client, take_activated, take_s
 from fleecenbd.cli.images import open_disks
 from fleecenbd.cli.options import (
     ServeOptions,
+    check_control,
     check_default_export,
     check_pidfile_is_no_socket,
     choose_addresses,
+    choose_hooks,
     choose_session_options,
     refuse_empty,
     refuse_together,
 )
 from fleecenbd.cli.pidfile import check_pidfile
-from fleecenbd.cli.places import guests_directory, state_directory
+from fleecenbd.cli.places import default_control, guests_directory, state_directory
 from fleecenbd.cli.process import keep_buffers_on_the_heap, start_collecting
 from fleecenbd.cli.runner import run_server
 from fleecenbd.cli.words import ServeWords
@@ -31,7 +33,7 @@ def serve(words: ServeWords) -> int:
     quiet = words.single or words.run is not None
     level = words.log_level if words.log_level is not None else "warning" if quiet else "info"
     logs.set_up(level, as_json=words.json_log)
-    activated = take_activated(os.environ)
+    activated, controls = take_activated(os.environ)
     starter = starting_client(activated) if activated is not None else None
     if starter is not None and words.log_level is None:
         logs.set_up("warning", as_json=words.json_log)
@@ -41,6 +43,7 @@ def serve(words: ServeWords) -> int:
             "--ip": words.ip,
             "--backup-unix": words.backup_unix,
             "--state-dir": words.state_dir,
+            "--control": words.control,
             "--pidfile": words.pidfile,
         }
     )
@@ -49,17 +52,16 @@ def serve(words: ServeWords) -> int:
         "--cluster-size": words.cluster_size is not None,
         "--on-cbw-error": words.on_cbw_error is not None,
         "--cbw-timeout": words.cbw_timeout is not None,
+        "--ttl": words.ttl is not None,
+        "--idle-ttl": words.idle_ttl is not None,
     }
     if words.begin is None:
         refuse_together(session_given, "without --begin")
     else:
         values.check_name(words.begin, "a session")
-    backup_given = {
+    sockets_given = {
         "--backup-unix": words.backup_unix is not None,
         "--backup-port": words.backup_port is not None,
-    }
-    sockets_given = {
-        **backup_given,
         "--unix": words.unix is not None,
         "--ip": words.ip is not None,
         "--port": words.port is not None,
@@ -74,8 +76,6 @@ def serve(words: ServeWords) -> int:
     elif words.single:
         refuse_together(sockets_given, "with --single: the client is there already")
     else:
-        if words.begin is None:
-            refuse_together(backup_given, "without --begin: there are no fleecing exports to show")
         addresses = choose_addresses(
             unix=words.unix,
             ip=words.ip,
@@ -87,11 +87,26 @@ def serve(words: ServeWords) -> int:
             is_private=words.run is not None,
         )
         check_pidfile_is_no_socket(words.pidfile, addresses)
+    control = words.control
+    if control is None and addresses is not None:
+        control = default_control(addresses.unix)
+    check_control(words.control, addresses, words.pidfile)
+    if control is None and not controls:
+        hooks_given = {
+            "--freeze-cmd": words.freeze_cmd is not None,
+            "--thaw-cmd": words.thaw_cmd is not None,
+            "--hook-timeout": words.hook_timeout is not None,
+        }
+        refuse_together(hooks_given, "without a control socket (--control)")
     own_client = words.single or starter is not None or words.run is not None
     options = ServeOptions(
         disks=values.parse_disks(words.disk),
         addresses=addresses,
-        state_directory=state_directory(words.state_dir) if words.begin is not None else None,
+        state_directory=(
+            guests_directory(words.state_dir)
+            if words.begin is None
+            else state_directory(words.state_dir)
+        ),
         guests_directory=None if own_client else guests_directory(words.state_dir),
         session=words.begin,
         session_options=choose_session_options(
@@ -100,6 +115,14 @@ def serve(words: ServeWords) -> int:
             on_cbw_error=words.on_cbw_error,
             cbw_timeout=words.cbw_timeout,
         ),
+        ttl_s=_period(words.ttl, "--ttl"),
+        idle_ttl_s=_period(words.idle_ttl, "--idle-ttl"),
+        control=control,
+        control_is_default=words.control is None,
+        metrics=(
+            values.parse_address(words.metrics, "--metrics") if words.metrics is not None else None
+        ),
+        hooks=choose_hooks(words.freeze_cmd, words.thaw_cmd, words.hook_timeout),
         default_export=words.default_export,
         read_only=words.read_only,
         force_share=words.force_share,
@@ -111,7 +134,11 @@ def serve(words: ServeWords) -> int:
     if options.pidfile is not None:
         check_pidfile(options.pidfile, options.disks)
     client = take_standard_input() if words.single else None
-    return _run(options, Handed(activated, client, starter))
+    return _run(options, Handed(activated, client, starter, controls))
+
+
+def _period(text: str | None, option: str) -> float | None:
+    return None if text is None else values.parse_period(text, option)
 
 
 def _run(options: ServeOptions, handed: Handed) -> int:

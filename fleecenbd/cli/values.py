@@ -20,6 +20,7 @@ _QCOW2 = "qcow2:"
 _UNITS = ("", "k", "m", "g", "t", "p")
 
 PORT_MAX = 65535
+PERIOD_MAX_S = 1e9
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,26 @@ def parse_seconds(text: str, option: str) -> float:
     if not 0 <= seconds < math.inf:
         raise UsageError(f"{option}: {text!r} is no time: 0 or more seconds")
     return seconds
+
+
+def parse_period(text: str, option: str) -> float:
+    """A length of time after which something ends: more than 0 seconds."""
+    seconds = parse_seconds(text, option)
+    if not 0 < seconds <= PERIOD_MAX_S:
+        raise UsageError(f"{option}: {text!r} is no time after which it could end; more than 0")
+    return seconds
+
+
+def parse_address(text: str, option: str) -> tuple[str, int]:
+    """Host and port of ``127.0.0.1:9100``, ``[::1]:9100``, ``host:9100``."""
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        colon = ""
+    if not colon or not host:
+        raise UsageError(f"{option}: {text!r} is no ADDR:PORT, as in 127.0.0.1:9100 or [::1]:9100")
+    return host, parse_port(port, option)
 
 
 def parse_mode(text: str) -> int:

@@ -36,6 +36,13 @@ class ServeWords:
     cluster_size: str | None = None
     on_cbw_error: str | None = None
     cbw_timeout: str | None = None
+    ttl: str | None = None
+    idle_ttl: str | None = None
+    control: str | None = None
+    metrics: str | None = None
+    freeze_cmd: str | None = None
+    thaw_cmd: str | None = None
+    hook_timeout: str | None = None
     default_export: str | None = None
     read_only: bool = False
     shared: str = "1"

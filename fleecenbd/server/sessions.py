@@ -27,7 +27,14 @@ from fleecenbd.server.events import HOOK_FAILED
 from fleecenbd.server.exports import FleecingExport
 from fleecenbd.server.hooks import HOOK_TIMEOUT_S, run_hook
 from fleecenbd.server.server import Server
-from fleecenbd.server.views import DiskView, Life, SessionView, disk_view, session_view
+from fleecenbd.server.views import (
+    DiskView,
+    Life,
+    SessionView,
+    Uris,
+    disk_view,
+    session_view,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +270,7 @@ class Sessions:
 
     def _ends(self, session: Session, failed: bool) -> None:
         """The server ends a session, whoever asked for it."""
-        view = self.view(session)
+        view = self._view(session, lambda export: ())  # they lead nowhere any more
         result = "failed" if failed else "success"
         self.results[result] += 1
         self.finished.append(
@@ -330,6 +337,9 @@ class Sessions:
 
     def view(self, session: Session) -> SessionView:
         """What there is to see of a session that is not finished."""
+        return self._view(session, self._places.uris)
+
+    def _view(self, session: Session, uris: Uris) -> SessionView:
         known = self._known.get(session.name)
         life = Life()
         if known is not None:
@@ -342,7 +352,7 @@ class Sessions:
                 idle_ttl=ask.idle_ttl_s,
                 idle_ttl_left=_left(ask.idle_ttl_s, idle_s),
             )
-        return session_view(self._server, session, life, self._places.uris)
+        return session_view(self._server, session, life, uris)
 
     def active_views(self) -> list[SessionView]:
         """Those that are not finished, oldest first."""

@@ -15,6 +15,7 @@ import nbd
 import pytest
 
 import fleecenbd
+from fleecenbd.cli import main
 from fleecenbd.cli.runner import COMMAND_TIMEOUT_S
 from tests.cli.conftest import SERVE, started
 from tests.serving import FLEECENBD, serving
@@ -373,7 +374,7 @@ def test_single_keeps_the_log_away_from_the_client(image: Path) -> None:
 
 
 def test_sockets_handed_over_by_systemd_are_served_by_their_names(
-    image: Path, tmp_path: Path
+    image: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--begin", "n", "--state-dir", "state", "--log-level", "info")
     paths = [str(tmp_path / name) for name in ("g.sock", "b.sock")]
@@ -386,9 +387,10 @@ def test_sockets_handed_over_by_systemd_are_served_by_their_names(
         ) as process:
             assert _names("connect_unix", "g.sock") == ["vm", "vm@n"]
             assert _names("connect_unix", "b.sock") == ["vm@n"]
+            assert main.run(["status", "--control", "c.sock"]) == 0
+            assert f"nbd+unix:///vm@n?socket={tmp_path}/g.sock" in capfd.readouterr().out
             status, _, err = _end(process)
         assert status == 0
-        assert "no control socket yet" in err
         assert f"serving vm@n at nbd+unix:///vm@n?socket={tmp_path}/g.sock" in err
         assert f"serving fleecing exports only at nbd+unix:///?socket={tmp_path}/b.sock" in err
         assert Path("g.sock").is_socket(), "the file is systemd's to remove"

@@ -11,6 +11,7 @@ from tests.serving import FLEECENBD, connected, serving
 # What typer brings along, and what only some servers, some of the time, have a use for.
 HEAVY = {
     *("typer", "click", "rich", "pydantic", "pydantic_core", "markdown_it", "pygments"),
+    *("aiohttp", "msgspec", "prometheus_client", "fleecenbd.server.control"),
     *("fleecenbd.cli.command_line", "fleecenbd.cli.command", "fleecenbd.plugin"),
     *("argparse", "email", "http", "importlib.metadata", "json", "optparse", "pickle", "zipfile"),
     *("bz2", "lzma", "platform", "random", "secrets", "shutil", "statistics", "tempfile", "uuid"),

@@ -17,7 +17,7 @@ from fleecenbd.server.views import DiskView, SessionView
 
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 TimeToLive = Annotated[float, Meta(gt=0, le=1e9)]
-Count = Annotated[int, Meta(ge=0, lt=1 << 63)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Name = Annotated[str, Meta(min_length=1, max_length=NAME_LENGTH_MAX, pattern=r"^[A-Za-z0-9._-]+$")]
 Command = Annotated[str, Meta(max_length=4096)]
 

@@ -1,0 +1,291 @@
+"""``fleecenbd session``, ``disk`` and ``status``: the control socket from the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from fleecenbd.cli import logs, values
+from fleecenbd.cli.command import StrictCommand
+from fleecenbd.cli.control_options import (
+    FreezeCommand,
+    HookTimeout,
+    IdleTtl,
+    ThawCommand,
+    Ttl,
+)
+from fleecenbd.cli.errors import UsageError
+from fleecenbd.cli.options import choose_session_options
+from fleecenbd.cli.values import DiskSpec
+
+WATCH_INTERVAL_S = 1.0
+
+Control = Annotated[
+    str | None,
+    typer.Option(
+        "--control",
+        metavar="PATH",
+        envvar="FLEECENBD_CONTROL",
+        show_default=False,
+        show_envvar=True,
+        help="The server's control socket. Default: that of a server on the default socket.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer, as JSON.")]
+SessionName = Annotated[str, typer.Argument(metavar="SESSION", show_default=False)]
+DiskName = Annotated[str, typer.Argument(metavar="DISK", show_default=False)]
+
+session_app = typer.Typer(help="Begin, look at and finish sessions while guests run.")
+disk_app = typer.Typer(help="Disks of a running server.")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Make them commands of ``fleecenbd``."""
+    app.add_typer(session_app, name="session")
+    app.add_typer(disk_app, name="disk")
+    app.command("status", cls=StrictCommand)(status)
+
+
+def _call(control: str | None, method: str, *words: str, **options: Any) -> Any:
+    # Only here: it takes longer to import than most calls take.
+    from fleecenbd.cli.control_client import call_server
+
+    return call_server(control, lambda client: client.call(method, *words, **options))
+
+
+def _print_json(answer: Any) -> None:
+    print(json.dumps(answer, ensure_ascii=False, indent=2))
+
+
+@session_app.command("begin", cls=StrictCommand)
+def begin(
+    name: SessionName,
+    disk: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DISK", show_default=False, help="One of its disks. Default: all."),
+    ] = None,
+    on_cbw_error: Annotated[
+        str | None,
+        typer.Option(
+            metavar="break-snapshot|break-guest-write",
+            show_default=False,
+            help="When old data cannot be kept: give up the session, or fail the guest's write. "
+            "Default: break-snapshot.",
+        ),
+    ] = None,
+    cbw_timeout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SECONDS",
+            show_default=False,
+            help="How long a guest's write may wait for old data to be kept; 0: for ever. "
+            "Default: 20.",
+        ),
+    ] = None,
+    temp_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            show_default=False,
+            help="Most that one disk's temp image may hold, as in 10G. Default: no limit.",
+        ),
+    ] = None,
+    cluster_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            show_default=False,
+            help="Unit of copying, a power of two. Default: 4k, more for disks past 256 GiB.",
+        ),
+    ] = None,
+    owner: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN",
+            show_default=False,
+            help="A word of your own: asking again with it, and with the same options, gets the "
+            "same session.",
+        ),
+    ] = None,
+    ttl: Ttl = None,
+    idle_ttl: IdleTtl = None,
+    freeze_cmd: FreezeCommand = None,
+    thaw_cmd: ThawCommand = None,
+    hook_timeout: HookTimeout = None,
+    control: Control = None,
+    as_json: AsJson = False,
+) -> None:
+    """Begin a session: from now on DISK@SESSION is the disk as it is at this moment.
+
+    Prints the NBD URI of each fleecing export, one a line, and nothing else; warnings go to
+    standard error.
+    """
+    values.check_name(name, "a session")
+    for word in disk or []:
+        values.check_name(word, "a disk")
+    options = choose_session_options(
+        temp_limit=temp_limit,
+        cluster_size=cluster_size,
+        on_cbw_error=on_cbw_error,
+        cbw_timeout=cbw_timeout,
+    )
+    body: dict[str, Any] = {
+        "on_cbw_error": options.on_cbw_error,
+        "cbw_timeout": options.cbw_timeout_s,
+        "temp_limit": options.temp_limit,
+        "cluster_size": options.cluster_size,
+        "disks": disk or None,
+        "owner": owner,
+    }
+    for key, text in (("ttl", ttl), ("idle_ttl", idle_ttl), ("hook_timeout", hook_timeout)):
+        if text is not None:
+            body[key] = values.parse_period(text, f"--{key.replace('_', '-')}")
+    for key, command in (("freeze_cmd", freeze_cmd), ("thaw_cmd", thaw_cmd)):
+        if command is not None:
+            body[key] = command or None
+    answer = _call(control, "PUT", "sessions", name, body=body)
+    for warning in answer["warnings"]:
+        logs.report(f"warning: {warning}")
+    if as_json:
+        _print_json(answer)
+        return
+    for one in answer["disks"]:
+        if one["uri"] is None:
+            logs.report(f"warning: no URI leads to {one['export']}: its socket was handed over")
+        else:
+            print(one["uri"])
+
+
+@session_app.command("list", cls=StrictCommand)
+def list_sessions(control: Control = None, as_json: AsJson = False) -> None:
+    """All sessions that are not finished, and the last 20 that are."""
+    answer = _call(control, "GET", "sessions")
+    if as_json:
+        _print_json(answer)
+        return
+    from fleecenbd.cli import tables
+
+    tables.show(tables.session_table(answer["sessions"]))
+
+
+@session_app.command("show", cls=StrictCommand)
+def show(name: SessionName, control: Control = None, as_json: AsJson = False) -> None:
+    """Everything about one session."""
+    values.check_name(name, "a session")
+    answer = _call(control, "GET", "sessions", name)
+    if as_json:
+        _print_json(answer)
+        return
+    from fleecenbd.cli import tables
+
+    tables.show(*tables.session_details(answer))
+
+
+@session_app.command("finish", cls=StrictCommand)
+def finish(
+    name: SessionName,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="The backup is not safe, or was given up.")
+    ] = False,
+    control: Control = None,
+    as_json: AsJson = False,
+) -> None:
+    """Finish a session: its exports go, and its temp images with them."""
+    values.check_name(name, "a session")
+    result = "failed" if failed else "success"
+    answer = _call(control, "DELETE", "sessions", name, result=result)
+    if as_json:
+        _print_json(answer)
+    if answer["result"] != result:
+        logs.report(f"warning: session {name} counts as failed: {answer['reason']}")
+
+
+@disk_app.command("list", cls=StrictCommand)
+def list_disks(control: Control = None, as_json: AsJson = False) -> None:
+    """The disks that are served."""
+    answer = _call(control, "GET", "disks")
+    if as_json:
+        _print_json(answer)
+        return
+    from fleecenbd.cli import tables
+
+    tables.show(tables.disk_table(answer["disks"]))
+
+
+@disk_app.command("add", cls=StrictCommand)
+def add_disk(
+    disk: Annotated[
+        str,
+        typer.Argument(metavar="[NAME=]IMAGE", show_default=False, help="As for fleecenbd serve."),
+    ],
+    control: Control = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve one more disk. Prints the NBD URI of its guest export."""
+    spec = values.parse_disk(disk)
+    answer = _call(control, "POST", "disks", spec.name, body={"image": _absolute(spec)})
+    if as_json:
+        _print_json(answer)
+        return
+    for uri in answer["uris"][:1]:
+        print(uri)
+
+
+def _absolute(spec: DiskSpec) -> str:
+    """The path as the server understands it, whose folder is another."""
+    return ("raw:" if spec.raw else "") + os.path.abspath(spec.path)
+
+
+@disk_app.command("remove", cls=StrictCommand)
+def remove_disk(name: DiskName, control: Control = None) -> None:
+    """Serve a disk no more. Refused while a guest or a session needs it."""
+    values.check_name(name, "a disk")
+    _call(control, "DELETE", "disks", name)
+
+
+def status(
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again every second, until Ctrl-C.")
+    ] = False,
+    control: Control = None,
+    as_json: AsJson = False,
+) -> None:
+    """Disks, sessions, and how far each backup is."""
+    if watch and as_json:
+        raise UsageError("--watch cannot be given with --json; GET /v1/events tells what happens")
+    if watch:
+        _watch(control)
+        return
+    answer = _call(control, "GET", "status")
+    if as_json:
+        _print_json(answer)
+        return
+    from fleecenbd.cli import tables
+
+    tables.show(*tables.status_parts(answer))
+
+
+def _watch(control: str | None) -> None:
+    from rich.console import Group
+    from rich.live import Live
+
+    from fleecenbd.cli import tables
+    from fleecenbd.cli.control_client import ControlClient, call_server
+
+    async def work(client: ControlClient) -> None:
+        first = Group(*tables.status_parts(await client.call("GET", "status")))
+        with Live(first, console=tables.console(), auto_refresh=False) as live:
+            while True:
+                await asyncio.sleep(WATCH_INTERVAL_S)
+                answer = await client.call("GET", "status")
+                live.update(Group(*tables.status_parts(answer)), refresh=True)
+
+    try:
+        call_server(control, work)
+    except KeyboardInterrupt:
+        sys.stdout.flush()

@@ -1,0 +1,156 @@
+"""The server's end of the control socket: where it is, and what it needs of the command line."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from fleecenbd.cli.endpoints import PRIVATE, Endpoint
+from fleecenbd.cli.errors import CommandError, reason
+from fleecenbd.cli.handed import Handed
+from fleecenbd.cli.images import TempDirectory, check_all_different, open_disks
+from fleecenbd.cli.options import ServeOptions
+from fleecenbd.cli.places import default_control
+from fleecenbd.cli.values import DiskSpec, parse_disk
+from fleecenbd.engine.disk import Disk
+from fleecenbd.engine.session import MakeTemp
+from fleecenbd.server.control_socket import ControlSocket
+from fleecenbd.server.guest_records import GuestRecords
+from fleecenbd.server.server import Server
+from fleecenbd.server.sessions import Sessions
+from fleecenbd.server.sockets import listen_tcp, listen_unix
+from fleecenbd.storage.pool import ThreadPool
+
+logger = logging.getLogger(__name__)
+
+
+class ServerPlaces:
+    """Where a server's images, temp images and clients are (server.sessions.Places)."""
+
+    def __init__(
+        self,
+        server: Server,
+        options: ServeOptions,
+        endpoints: Sequence[Endpoint],
+        records: GuestRecords | None,
+    ) -> None:
+        self._server = server
+        self._options = options
+        self._endpoints = endpoints
+        self._records = records
+        self._pool = ThreadPool("images", "disks to come", size_max=4)
+
+    def make_temp(self, session: str) -> MakeTemp:
+        """Temp images in the state directory."""
+        directory = self._options.state_directory
+        if directory is None:
+            raise OSError(
+                errno.EINVAL,
+                "the server has no place for temp images; start it with --state-dir",
+            )
+        return TempDirectory(directory, session).make
+
+    async def open_disk(self, name: str, image: str) -> Disk:
+        """As the command line does, in a thread: its disk may hang."""
+        served = [DiskSpec(disk.name, disk.device.name) for disk in self._server.disks.values()]
+        return await self._pool.run(self._open, name, image, served)
+
+    def _open(self, name: str, image: str, served: list[DiskSpec]) -> Disk:
+        options = self._options
+        try:
+            spec = parse_disk(f"{name}={image}")
+            check_all_different([*served, spec])
+            (disk,) = open_disks(
+                [spec], read_only=options.read_only, force_share=options.force_share
+            )
+        except CommandError as error:
+            raise OSError(errno.EINVAL, str(error)) from error
+        try:
+            if self._records is not None:
+                self._records.check(name, image, disk.size, writable=not options.read_only)
+        except BaseException:
+            disk.device.close()
+            raise
+        return disk
+
+    def uris(self, export: str) -> list[str]:
+        """Those of the listeners that show it, the Unix socket's first."""
+        is_guest = "@" not in export
+        return [
+            endpoint.uri(export)
+            for endpoint in self._endpoints
+            if endpoint.is_known and not (is_guest and endpoint.backup_only)
+        ]
+
+
+class Control:
+    """The control sockets of a server: opened with the others, at work when guests are served."""
+
+    def __init__(self, options: ServeOptions, handed: Handed) -> None:
+        self.path: str | None = None
+        """Of the socket that was made, absolute."""
+        self.sessions: Sessions | None = None
+        self._options = options
+        self._sockets = list(handed.controls)
+        self._metrics: list[socket.socket] = []
+        self._running: list[ControlSocket] = []
+
+    def open(self, endpoints: Sequence[Endpoint], files: ExitStack) -> None:
+        """Bind and listen; ``files`` gets what removes the socket's file. Raises CommandError."""
+        options = self._options
+        path = options.control
+        if path is not None:
+            if options.control_is_default:
+                unix = options.addresses.unix if options.addresses is not None else ""
+                if unix == PRIVATE:
+                    path = default_control(endpoints[0].unix or "")
+            self._open_unix(path, files)
+        if options.metrics is not None:
+            try:
+                self._metrics = listen_tcp(*options.metrics)
+            except OSError as error:
+                raise CommandError(f"cannot serve metrics on {reason(error)}") from error
+
+    def _open_unix(self, path: str, files: ExitStack) -> None:
+        try:
+            listener = listen_unix(path)
+        except OSError as error:
+            if self._options.control_is_default and error.errno == errno.ENAMETOOLONG:
+                logger.warning(
+                    "there is no control socket: the path of the Unix socket is too long for one "
+                    "beside it; give a shorter one with --control"
+                )
+                return
+            raise CommandError(f"cannot listen for control on {reason(error, path)}") from error
+        files.callback(listener.remove)
+        self._sockets.append(listener.socket)
+        self.path = os.path.abspath(path)
+
+    def start(self, server: Server, places: ServerPlaces) -> Sessions:
+        """Let clients in."""
+        sessions = self.sessions = Sessions(server, places)
+        hooks = self._options.hooks
+        for sockets, metrics_only in ((self._sockets, False), (self._metrics, True)):
+            for sock in sockets:
+                running = ControlSocket(server, sessions, places, hooks, metrics_only=metrics_only)
+                running.listen(sock)
+                self._running.append(running)
+        if self.path is not None:
+            logger.info("control socket: %s", self.path)
+        for sock in self._metrics:
+            logger.info("metrics: http://%s:%d/metrics", *sock.getsockname()[:2])
+        return sessions
+
+    async def close(self) -> None:
+        """Begin no more sessions, thaw what is frozen, and let nobody in any more."""
+        if self.sessions is not None:
+            await self.sessions.close()
+        for running in self._running:
+            await running.close()
+        if not self._running:
+            for sock in (*self._sockets, *self._metrics):
+                sock.close()

@@ -1,0 +1,193 @@
+"""Disks and sessions as tables for a terminal; plain columns where nobody looks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+PLAIN_WIDTH = 250
+"""Columns where the output is no terminal: lines are not to be cut."""
+
+
+def console() -> Console:
+    """For standard output."""
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    return Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
+
+
+def show(*parts: RenderableType) -> None:
+    """Print, to be cut by nobody but the terminal's width."""
+    console().print(Group(*parts))
+
+
+def size(count: int | None) -> str:
+    """``4096`` as 4.0 KiB; None, no limit, as a dash."""
+    if count is None:
+        return "-"
+    value = float(count)
+    for unit in _UNITS:
+        if value < 1024 or unit == _UNITS[-1]:
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("the last unit has returned")
+
+
+def moment(seconds: float) -> str:
+    """As in the log."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def duration(seconds: float) -> str:
+    """Short: 1.2 ms, 3.4 s, 5:07:00."""
+    if seconds < 1:
+        return f"{seconds * 1000:.1f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def disk_table(disks: Iterable[Mapping[str, Any]]) -> Table:
+    """A line for each disk."""
+    table = _table("DISK", "SIZE", "CLIENTS", "SESSIONS", "GUEST WRITES", "IMAGE")
+    for disk in disks:
+        clients, sessions = ", ".join(disk["clients"]), ", ".join(disk["sessions"])
+        row = (disk["name"], size(disk["size"]), clients or "-", sessions or "-")
+        table.add_row(*map(Text, (*row, str(disk["guest_writes"]), disk["image"])))
+    return table
+
+
+def session_table(sessions: Iterable[Mapping[str, Any]]) -> Table:
+    """A line for each session."""
+    table = _table("SESSION", "STATE", "BEGUN", "DISKS", "PAUSE", "TEMP", "ID")
+    for session in sessions:
+        disks = session["disks"]
+        row = (
+            session["name"],
+            _state(session),
+            moment(session["armed_at"]),
+            ", ".join(disk["disk"] for disk in disks),
+            f"{session['pause_ms']:.1f} ms",
+            size(sum(disk["temp"]["now"] for disk in disks)),
+            session["id"],
+        )
+        table.add_row(*map(Text, row))
+    return table
+
+
+def fleece_table(sessions: Iterable[Mapping[str, Any]]) -> Table:
+    """A bar for each fleece: how much of it the backup has released."""
+    table = _table(
+        "EXPORT", "RELEASED", "", "LEFT", "TEMP", "PEAK", "LIMIT", "GUEST P99", "CLIENTS"
+    )
+    for session in sessions:
+        for disk in session["disks"]:
+            done, whole = disk["released"], disk["size"]
+            table.add_row(
+                Text(disk["export"]),
+                ProgressBar(total=max(whole, 1), completed=done, width=20),
+                Text(f"{100 * done / max(whole, 1):3.0f} %"),
+                *map(
+                    Text,
+                    (
+                        size(disk["accessible"]),
+                        size(disk["temp"]["now"]),
+                        size(disk["temp"]["peak"]),
+                        size(disk["temp"]["limit"]),
+                        duration(disk["guest_wait"]["p99"]),
+                        str(len(disk["clients"])),
+                    ),
+                ),
+            )
+    return table
+
+
+def session_details(session: Mapping[str, Any]) -> Sequence[RenderableType]:
+    """Everything about one session."""
+    facts = Table.grid(padding=(0, 2))
+    for name in ("name", "id", "owner", "reason", "on_cbw_error"):
+        if session[name] is not None:
+            facts.add_row(Text(name.replace("_", " ")), Text(str(session[name])))
+    facts.add_row("state", Text(_state(session)))
+    facts.add_row("begun", moment(session["armed_at"]))
+    if session["finished_at"] is not None:
+        facts.add_row("finished", moment(session["finished_at"]))
+    facts.add_row("pause", f"{session['pause_ms']:.1f} ms")
+    facts.add_row("cbw timeout", f"{session['cbw_timeout']:g} s")
+    for name in ("ttl", "idle_ttl"):
+        if session[name] is not None:
+            left = session[f"{name}_left"]
+            shown = "" if left is None else f", {duration(left)} left"
+            facts.add_row(name.replace("_", " "), f"{session[name]:g} s{shown}")
+    parts: list[RenderableType] = [facts]
+    for disk in session["disks"]:
+        parts += [Text(""), _fleece_facts(disk)]
+    return parts
+
+
+def _fleece_facts(disk: Mapping[str, Any]) -> Table:
+    copies, wait, temp = disk["copies"], disk["guest_wait"], disk["temp"]
+    facts = Table.grid(padding=(0, 2))
+    rows = [
+        ("export", disk["export"]),
+        *(("uri", uri) for uri in disk["uris"]),
+        ("broken", disk["broken"]),
+        ("size", f"{size(disk['size'])}, clusters of {size(disk['cluster_size'])}"),
+        ("accessible", size(disk["accessible"])),
+        ("released", size(disk["released"])),
+        ("copied", size(disk["copied"])),
+        ("temp", f"{size(temp['now'])}, peak {size(temp['peak'])}, limit {size(temp['limit'])}"),
+        ("copies", ", ".join(f"{copies[key]} {key.replace('_', ' ')}" for key in copies)),
+        (
+            "guest waits",
+            f"{wait['count']}, mean {duration(wait['mean'])}, p99 {duration(wait['p99'])}, "
+            f"max {duration(wait['max'])}",
+        ),
+        ("clients", ", ".join(disk["clients"]) or "-"),
+    ]
+    for name, value in rows:
+        if value is not None:
+            facts.add_row(Text(name), Text(str(value)))
+    return facts
+
+
+def status_parts(status: Mapping[str, Any]) -> Sequence[RenderableType]:
+    """What ``fleecenbd status`` shows."""
+    active = [session for session in status["sessions"] if session["state"] != "finished"]
+    parts: list[RenderableType] = [
+        Text(f"fleecenbd {status['version']}, pid {status['pid']}"),
+        Text(""),
+        disk_table(status["disks"]),
+    ]
+    if status["sessions"]:
+        parts += [Text(""), session_table(status["sessions"])]
+    if active:
+        parts += [Text(""), fleece_table(active)]
+        uris = Table.grid(padding=(0, 2))
+        for session in active:
+            for disk in session["disks"]:
+                for uri in disk["uris"]:
+                    uris.add_row(Text(disk["export"]), Text(uri))
+        parts += [Text(""), uris]
+    return parts
+
+
+def _state(session: Mapping[str, Any]) -> str:
+    if session["state"] == "finished":
+        return f"finished ({session['result']})"
+    return str(session["state"])
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
