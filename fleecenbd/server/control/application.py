@@ -33,6 +33,8 @@ ALIVE_INTERVAL_S = 15.0
 EVENT_LISTENERS_MAX = 16
 KEEP_ALIVE_S = 15.0
 """Seconds that a connection is kept after a call, for the next one."""
+LINGER_S = 1.0
+"""Seconds that the rest of a body is read which was refused."""
 SHUTDOWN_S = 1.0
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -203,6 +205,7 @@ async def make_runner(
         handle_signals=False,
         access_log=None,
         keepalive_timeout=KEEP_ALIVE_S,
+        lingering_time=LINGER_S,
         shutdown_timeout=SHUTDOWN_S,
     )
     await runner.setup()
