@@ -27,6 +27,7 @@ from fleecenbd.server.events import HOOK_FAILED
 from fleecenbd.server.exports import FleecingExport
 from fleecenbd.server.hooks import HOOK_TIMEOUT_S, run_hook
 from fleecenbd.server.server import Server
+from fleecenbd.server.temp_watch import TempWatch
 from fleecenbd.server.views import (
     DiskView,
     Life,
@@ -105,6 +106,7 @@ class Sessions:
         self.results = {"success": 0, "failed": 0}
         """Finished sessions since the start, counted."""
         self._closed = False
+        self._watch = TempWatch(server)
         server.finishing.append(self._ends)
 
     # -- begin -----------------------------------------------------------------------------
@@ -237,6 +239,7 @@ class Sessions:
         loop = asyncio.get_running_loop()
         known = _Known(ask, begun or Begun(session, ()), used_at=loop.time())
         self._known[session.name] = known
+        self._watch.start()
         for fleece in session.fleeces:
             self._writes[fleece.disk] = fleece.disk.writes
         if ask.ttl_s is not None:
@@ -306,6 +309,7 @@ class Sessions:
     async def close(self) -> None:
         """The server stops: begin no more; thaw what is frozen."""
         self._closed = True
+        self._watch.stop()
         tasks = [task for _, task in self._beginning.values()]
         for task in tasks:
             task.cancel()

@@ -1,0 +1,78 @@
+"""Temp images that fill up: told once when they are low, and when they are full."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from fleecenbd.server import temp_watch
+from fleecenbd.server.temp_watch import TempWatch
+from tests.nbd import wire
+from tests.server.controlled import Control, controlled
+from tests.server.room import CLUSTER
+
+LIMIT = 10 * CLUSTER
+
+
+def _told(events: Any) -> list[tuple[str, int]]:
+    return [(event["event"], event["used"]) for event in events._waiting if "used" in event]
+
+
+async def _fill(control: Control, first: int, end: int) -> None:
+    guest = control.served.clients[0]
+    for cluster in range(first, end):
+        await guest.write(cluster * CLUSTER, b"x" * CLUSTER)
+
+
+async def test_low_and_full_are_told_once_each() -> None:
+    async with controlled() as control:
+        await control.served.client("vda")
+        await control.put("sessions/n", {"temp_limit": LIMIT})
+        events = control.served.server.events.listen()
+        watch = TempWatch(control.served.server)
+        await _fill(control, 0, 7)
+        watch.look()
+        assert _told(events) == []
+        await _fill(control, 7, 8)
+        watch.look()
+        watch.look()
+        assert _told(events) == [("temp-low", 8 * CLUSTER)]
+        await _fill(control, 8, 11)
+        watch.look()
+        watch.look()
+        assert _told(events)[1:] == [("temp-full", 10 * CLUSTER)]
+
+
+async def test_low_is_told_again_after_a_release() -> None:
+    async with controlled() as control:
+        await control.served.client("vda")
+        await control.put("sessions/n", {"temp_limit": LIMIT})
+        events = control.served.server.events.listen()
+        watch = TempWatch(control.served.server)
+        await _fill(control, 0, 9)
+        watch.look()
+        backup = await control.served.client("vda@n")
+        assert (await backup.ask(wire.TRIM, 0, 4 * CLUSTER)).error == 0
+        watch.look()
+        await _fill(control, 9, 13)
+        watch.look()
+        assert [kind for kind, _ in _told(events)] == ["temp-low", "temp-low"]
+
+
+async def test_while_there_is_a_session_it_looks_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(temp_watch, "INTERVAL_S", 0.01)
+    async with controlled() as control:
+        await control.served.client("vda")
+        await control.put("sessions/n", {"temp_limit": LIMIT})
+        events = control.served.server.events.listen()
+        await _fill(control, 0, 9)
+        async with asyncio.timeout(10):
+            while (event := await events.next()) and event["event"] != "temp-low":
+                pass
+        assert event is not None
+        await control.delete("sessions/n")
+        async with asyncio.timeout(10):
+            while control.sessions._watch._timer is not None:
+                await control.served.settled()
