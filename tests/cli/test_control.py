@@ -1,0 +1,315 @@
+"""The commands of the control socket, against a server: what they print, and how they fail."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from fleecenbd.cli import control_commands
+from fleecenbd.cli.main import run
+from tests.cli.conftest import Fails, started
+from tests.serving import FLEECENBD, Serving, connected, serving
+
+TIMEOUT_S = 60
+
+Out = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A server of two disks."""
+    directory = tmp_path_factory.mktemp("server")
+    for name in ("vda", "vdb"):
+        (directory / f"{name}.raw").write_bytes(bytes(1 << 20))
+    with serving(directory, directory / "vda.raw", directory / "vdb.raw") as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _controlled(server: Serving, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FLEECENBD_CONTROL", f"{server.unix}.control")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def out(own_logs: None, capfd: pytest.CaptureFixture[str]) -> Out:
+    """Call the command, which succeeds: what it prints on standard output."""
+
+    def call(*arguments: str | Path, warns: bool = False) -> str:
+        status = run([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        assert status == 0, err
+        assert warns or err == ""
+        return str(out)
+
+    return call
+
+
+def test_begin_prints_one_uri_a_line_and_nothing_else(server: Serving, out: Out) -> None:
+    with connected(server.uri("vda")), connected(server.uri("vdb")):
+        printed = out("session", "begin", "n", "--temp-limit", "64k", "--ttl", "1000", warns=True)
+    assert printed.splitlines() == [server.uri("vda@n"), server.uri("vdb@n")]
+    for uri in printed.splitlines():
+        with connected(uri) as backup:
+            assert backup.get_size() == 1 << 20
+    shown = out("session", "show", "n")
+    assert re.search(r"^state +active", shown, re.MULTILINE)
+    assert "limit 64.0 KiB" in shown
+    assert re.search(
+        r"^ttl +1000 s, \d+\.\d s left|^ttl +1000 s, 0:16:\d\d left", shown, re.MULTILINE
+    )
+    assert out("session", "finish", "n") == ""
+    assert "finished (success)" in out("session", "list")
+
+
+def test_begin_warns_on_standard_error(server: Serving, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["session", "begin", "w", "--disk", "vda"]) == 0
+    printed = capfd.readouterr()
+    assert printed.out == f"{server.uri('vda@w')}\n"
+    assert printed.err == (
+        "fleecenbd: warning: no guest is connected to vda: does it write past this server?\n"
+    )
+    assert run(["session", "finish", "w", "--failed"]) == 0
+
+
+def test_json_is_the_server_s_answer(out: Out) -> None:
+    begun = json.loads(out("session", "begin", "j", "--owner", "me", "--json", warns=True))
+    again = json.loads(out("session", "begin", "j", "--owner", "me", "--json", warns=True))
+    assert begun == again
+    listed = json.loads(out("session", "list", "--json"))["sessions"]
+    assert [session["id"] for session in listed if session["state"] == "active"] == [begun["id"]]
+    shown = json.loads(out("session", "show", "j", "--json"))
+    assert (shown["id"], shown["owner"]) == (begun["id"], "me")
+    status = json.loads(out("status", "--json"))
+    assert [disk["name"] for disk in status["disks"]] == ["vda", "vdb"]
+    finished = json.loads(out("session", "finish", "j", "--failed", "--json"))
+    assert finished["result"] == "failed"
+
+
+def test_status_shows_disks_sessions_and_where_they_are(server: Serving, out: Out) -> None:
+    out("session", "begin", "s", warns=True)
+    shown = out("status")
+    assert f"pid {server.pid}" in shown
+    assert re.search(r"^vda +1\.0 MiB", shown, re.MULTILINE)
+    assert re.search(r"^s +active", shown, re.MULTILINE)
+    assert re.search(r"^vdb@s .* 0 %", shown, re.MULTILINE)
+    assert server.uri("vda@s") in shown
+    out("session", "finish", "s")
+
+
+def test_status_watch_shows_it_again_and_again_until_the_server_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails
+) -> None:
+    monkeypatch.setattr(control_commands, "WATCH_INTERVAL_S", 0.0)
+    looks: list[float] = []
+    sleep = control_commands.asyncio.sleep
+
+    image = tmp_path / "vm.raw"
+    image.write_bytes(bytes(1 << 20))
+    command = (FLEECENBD, "serve", image, "-U", "f.sock", "--log-level", "error")
+    with started(tmp_path, *command) as process:
+
+        async def end_the_third_time(delay: float) -> None:
+            looks.append(delay)
+            if len(looks) == 3:
+                process.terminate()
+                process.wait(TIMEOUT_S)
+            await sleep(delay)
+
+        monkeypatch.setattr(control_commands.asyncio, "sleep", end_the_third_time)
+        assert run(["status", "--watch", "--control", "f.sock.control"]) == 1
+    assert len(looks) == 3
+
+
+def test_disks_come_and_go(server: Serving, fails: Fails, out: Out) -> None:
+    Path("new.raw").write_bytes(bytes(1 << 20))
+    assert out("disk", "add", "vdc=new.raw") == f"{server.uri('vdc')}\n"
+    assert re.search(r"^vdc .*/new\.raw", out("disk", "list"), re.MULTILINE)
+    with connected(server.uri("vdc")):
+        assert "fleecenbd: disk vdc is in use by pid" in fails("disk", "remove", "vdc")
+    out("session", "begin", "d", "--disk", "vdc", warns=True)
+    assert "disk vdc is in session d; finish that first" in fails("disk", "remove", "vdc")
+    out("session", "finish", "d")
+    out("disk", "remove", "vdc")
+    assert "vdc" not in out("disk", "list")
+    out("disk", "add", "vdc=new.raw")
+    out("disk", "remove", "vdc")
+
+
+def test_a_disk_that_cannot_be_added_says_why(server: Serving, fails: Fails) -> None:
+    Path("c.raw").write_bytes(b"QFI\xfb\x00\x00\x00\x03" + bytes(4096))
+    here = os.getcwd()
+    assert fails("disk", "add", "vdc=missing.raw") == (
+        f"fleecenbd: cannot open disk vdc: {here}/missing.raw: No such file or directory "
+        "(check the path)"
+    )
+    assert "the content is a qcow2 container" in fails("disk", "add", "vdc=c.raw")
+    image = server.unix.parent / "vda.raw"
+    assert "vda and vdc are the same image" in fails("disk", "add", f"vdc={image}")
+    assert "there is a disk called vda already" in fails("disk", "add", "vda=c.raw")
+
+
+@pytest.mark.parametrize("name", ["a/b", "a@b", "n" * 300, "", "ü", ".."])
+@pytest.mark.parametrize(
+    "command", [("session", "begin"), ("session", "finish"), ("disk", "remove")]
+)
+def test_a_name_that_is_none_is_wrong_usage(
+    fails: Fails, command: tuple[str, ...], name: str
+) -> None:
+    line = fails(*command, name, status=2)
+    assert "1 to 100 letters, digits, '.', '_' and '-'" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("session", "show", "nosuch"), 1, "there is no session called 'nosuch'"),
+        (("session", "finish", "nosuch"), 1, "there is no session called 'nosuch'"),
+        (("session", "begin", "n", "--disk", "vdz"), 1, "there is no disk called 'vdz'"),
+        (("disk", "remove", "vdz"), 1, "there is no disk called 'vdz'"),
+        (("session", "begin", "n", "--temp-limit", "lots"), 2, "--temp-limit: 'lots' is no size"),
+        (("session", "begin", "n", "--ttl", "0"), 2, "--ttl: '0' is no time"),
+        (("session", "begin", "n", "--on-cbw-error", "x"), 2, "--on-cbw-error is break-snapshot"),
+        (("session", "begin", "n", "--owner", "a", "--owner", "b"), 2, "it is given twice"),
+        (("session", "begin"), 2, "see fleecenbd --help, fleecenbd session begin --help"),
+        (("session",), 2, "Missing command"),
+        (("session", "nosuch"), 2, "No such command 'nosuch'"),
+        (("status", "--watch", "--json"), 2, "--watch cannot be given with --json"),
+        (("session", "begin", "n", "--freeze-cmd", "exit 3"), 1, "the freeze command failed with"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    fails: Fails, arguments: tuple[str, ...], status: int, words: str
+) -> None:
+    assert words in fails(*arguments, status=status)
+
+
+def test_where_there_is_no_server_it_is_said(server: Serving, fails: Fails) -> None:
+    assert fails("status", "--control", "nosuch") == (
+        "fleecenbd: no server is there: nosuch does not exist; start one (fleecenbd serve), or "
+        "say where it is with --control or FLEECENBD_CONTROL"
+    )
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind("left.sock")
+    assert "nobody listens on left.sock any more" in fails("status", "--control", "left.sock")
+    Path("file").touch()
+    assert "file is no socket" in fails("status", "--control", "file")
+    assert fails("status", "--control", server.unix) == (
+        f"fleecenbd: {server.unix} is an NBD socket, not a control socket; "
+        f"that is {server.unix}.control by default"
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind("datagram.sock")
+        assert "it is no stream socket" in fails("status", "--control", "datagram.sock")
+
+
+def test_what_answers_in_another_language_is_no_server_of_ours(fails: Fails) -> None:
+    with started_echo("echo.sock"):
+        assert fails("status", "--control", "echo.sock") == (
+            "fleecenbd: echo.sock: no control socket of fleecenbd answers there"
+        )
+
+
+@contextmanager
+def started_echo(path: str) -> Iterator[None]:
+    """A stream server that says "hello", in no protocol at all."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen(8)
+
+        def answer() -> None:
+            with suppress(OSError):
+                while True:
+                    client, _ = listening.accept()
+                    with client:
+                        client.sendall(b"hello\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def test_the_control_socket_is_its_owner_s_alone_and_goes_with_the_server(
+    tmp_path: Path, own_logs: None
+) -> None:
+    image = tmp_path / "vm.raw"
+    image.write_bytes(bytes(1 << 20))
+    command = (FLEECENBD, "serve", image, "-U", "f.sock", "--socket-mode", "666")
+    with started(tmp_path, *command) as process:
+        assert Path("f.sock.control").stat().st_mode & 0o7777 == 0o600
+        assert run(["status", "--control", "f.sock.control"]) == 0
+        process.terminate()
+        assert process.wait(TIMEOUT_S) == 0
+    assert not Path("f.sock.control").exists()
+
+
+def test_control_can_be_elsewhere_and_a_command_of_run_is_told_where(tmp_path: Path) -> None:
+    image = tmp_path / "vm.raw"
+    image.write_bytes(bytes(1 << 20))
+    for options in ((), ("--control", "here.sock")):
+        result = subprocess.run(
+            [
+                *(str(FLEECENBD), "serve", str(image), "--state-dir", "state", *options),
+                *("--run", f"{FLEECENBD} session begin n && {FLEECENBD} session finish n"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith("nbd+unix:///vm@n?socket=")
+
+
+def test_a_unix_path_too_long_for_a_control_socket_beside_it_is_served_without(
+    tmp_path: Path,
+) -> None:
+    image = tmp_path / "vm.raw"
+    image.write_bytes(bytes(1 << 20))
+    path = "f" * 103
+    with started(tmp_path, FLEECENBD, "serve", image, "-U", path) as process:
+        assert Path(path).is_socket()
+        process.terminate()
+        assert "there is no control socket" in process.communicate(timeout=TIMEOUT_S)[1]
+
+
+def test_metrics_are_served_over_tcp_and_nothing_else(tmp_path: Path) -> None:
+    image = tmp_path / "vm.raw"
+    image.write_bytes(bytes(1 << 20))
+    command = (FLEECENBD, "serve", image, "-U", "f.sock", "--metrics", "127.0.0.1:0")
+    with started(tmp_path, *command) as process:
+        assert process.stderr is not None
+        while not (told := re.search(r"metrics: (http://\S+)", process.stderr.readline())):
+            pass
+        with urllib.request.urlopen(told[1], timeout=TIMEOUT_S) as answer:
+            assert b'fleecenbd_disk_size_bytes{disk="vm"} 1.048576e+06' in answer.read()
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(told[1].replace("/metrics", "/v1/status"), timeout=TIMEOUT_S)
+
+
+def test_a_session_of_the_start_can_be_finished_and_has_its_ttl(tmp_path: Path, out: Out) -> None:
+    image = tmp_path / "vm.raw"
+    image.write_bytes(bytes(1 << 20))
+    command = (FLEECENBD, "serve", image, "-U", "f.sock", "--state-dir", "state", "--begin", "n")
+    with started(tmp_path, *command, "--ttl", "1000", "--freeze-cmd", "exit 1"):
+        control = ("--control", "f.sock.control")
+        seen = json.loads(out("session", "show", "n", "--json", *control))
+        assert (seen["state"], seen["ttl"]) == ("active", 1000)
+        out("session", "finish", "n", *control)
+        assert [
+            session["result"]
+            for session in json.loads(out("session", "list", "--json", *control))["sessions"]
+        ] == ["success"]
