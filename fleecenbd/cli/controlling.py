@@ -139,11 +139,14 @@ class Control:
                 running = ControlSocket(server, sessions, places, hooks, metrics_only=metrics_only)
                 running.listen(sock)
                 self._running.append(running)
+        return sessions
+
+    def tell(self) -> None:
+        """Where it is, in the log."""
         if self.path is not None:
             logger.info("control socket: %s", self.path)
         for sock in self._metrics:
             logger.info("metrics: http://%s:%d/metrics", *sock.getsockname()[:2])
-        return sessions
 
     async def close(self) -> None:
         """Begin no more sessions, thaw what is frozen, and let nobody in any more."""

@@ -109,6 +109,7 @@ async def _serve(
     if options.pidfile is not None:
         files.enter_context(pidfile(options.pidfile))
     _tell_addresses(options, endpoints)
+    control.tell()
     if options.empty_name is None and (handed.client or handed.starter) is not None:
         # Such a client seldom names an export, and never shows why it was refused.
         logger.warning(

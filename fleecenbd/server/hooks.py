@@ -12,9 +12,10 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ OUTPUT_SHOWN_MAX = 300
 _OUTPUT_READ_MAX = 64 << 10
 _PIPE_READS_MAX = 32
 """A pipe holds 1 MiB at most, without the help of root."""
-_KILLED_WAIT_S = 5.0
-"""Seconds to wait for the end of what was killed: a process in a system call that hangs stays."""
+_KILLED_WAIT_S = 1.0
+"""Seconds to wait for what was killed: a process in a system call that hangs stays."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,17 @@ async def run_hook(
     reading, writing = os.pipe()
     try:
         output = _Output(reading)
-        process = await asyncio.create_subprocess_exec(
-            "/bin/sh",
-            "-c",
-            command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=writing,
-            stderr=asyncio.subprocess.STDOUT,
-            env=variables,
-            start_new_session=True,
+        process, cancelled = await _to_its_end(
+            asyncio.create_subprocess_exec(
+                "/bin/sh",
+                "-c",
+                command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=writing,
+                stderr=asyncio.subprocess.STDOUT,
+                env=variables,
+                start_new_session=True,
+            )
         )
     except BaseException:
         output.close()
@@ -71,6 +74,8 @@ async def run_hook(
         os.close(writing)
     ended = asyncio.ensure_future(process.wait())
     try:
+        if cancelled is not None:
+            raise cancelled
         await asyncio.wait({ended}, timeout=timeout_s)
         if not ended.done():
             raise OSError(
@@ -83,11 +88,31 @@ async def run_hook(
             raise OSError(errno.EIO, f"{what} failed with {how}: {output.text() or command}")
     finally:
         if not ended.done():
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await asyncio.wait({ended}, timeout=_KILLED_WAIT_S)
-            ended.cancel()
+            await _kill_group(process.pid, ended)
         output.close()
+
+
+async def _to_its_end(
+    start: Coroutine[Any, Any, asyncio.subprocess.Process],
+) -> tuple[asyncio.subprocess.Process, asyncio.CancelledError | None]:
+    """The process, and what cancelled us meanwhile: it has started then, and is to be killed."""
+    starting = asyncio.ensure_future(start)
+    cancelled = None
+    while not starting.done():
+        try:
+            await asyncio.wait({starting})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return starting.result(), cancelled
+
+
+async def _kill_group(group: int, ended: asyncio.Future[int]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+    await asyncio.wait({ended}, timeout=_KILLED_WAIT_S)
+    if not ended.done():
+        logger.error("process %d was killed, and has not ended", group)
+    ended.cancel()
 
 
 class _Output:
