@@ -7,12 +7,13 @@ import pytest
 
 from tests.orders.planted import BUGS
 from tests.orders.scenarios import SCENARIOS
+from tests.simulation.chain_planted import CHAIN_PLANTED
 from tests.simulation.planted import PLANTED, PlantedBug
 
 PAGE = Path(__file__).parents[1] / "docs" / "testing.md"
-TABLES = {"after seeds": PLANTED, "scenario": BUGS}
+TABLES = {"after seeds": PLANTED, "after chains": CHAIN_PLANTED, "scenario": BUGS}
 """The planted bugs by the column after the checker's."""
-CHECKERS = {"T0", "S", "B", "X", "L", "G", "A"}
+CHECKERS = {"T0", "S", "B", "X", "L", "G", "A", "C"}
 
 
 def _rows(column: str) -> list[list[str]]:

@@ -23,7 +23,7 @@ from bitarray import bitarray
 from fleecenbd.engine.bitmap import cluster_runs
 from fleecenbd.engine.extents import windowed_status
 from fleecenbd.engine.fleece import Fleece
-from fleecenbd.engine.recording import RecordingBitmap, check_removable
+from fleecenbd.engine.recording import RecordingBitmap, check_removable, clear
 from fleecenbd.engine.reqlist import Waiters
 from fleecenbd.engine.shared_read import ReadNow, SharedReads
 from fleecenbd.engine.store import Stamps
@@ -229,9 +229,7 @@ class Disk:
                 f"bitmap {name} is of {bitmap.size} bytes, and {self.name} of {self.size}",
             )
         self.put_bitmap(name, bitmap)
-        for ranges in self._active_calls.values():
-            for offset, length in ranges:
-                bitmap.bitmap.set(offset, length)
+        self._note_in_flight(bitmap)
 
     def remove_bitmap(self, name: str) -> RecordingBitmap:
         """Record in it no longer; the caller closes it. Raises OSError: ENOENT, EBUSY."""
@@ -241,6 +239,22 @@ class Disk:
         check_removable(bitmap)
         self.put_bitmap(name, None)
         return bitmap
+
+    def clear_bitmap(self, name: str) -> None:
+        """Forget what has changed until now, but for the active writes in flight.
+
+        Raises OSError: ENOENT, EBUSY, EINVAL when it is lost.
+        """
+        bitmap = self.bitmaps.get(name)
+        if bitmap is None:
+            raise OSError(errno.ENOENT, f"{self.name} has no bitmap called {name}")
+        clear(bitmap)
+        self._note_in_flight(bitmap)
+
+    def _note_in_flight(self, bitmap: RecordingBitmap) -> None:
+        for ranges in self._active_calls.values():
+            for offset, length in ranges:
+                bitmap.bitmap.set(offset, length)
 
     def put_bitmap(self, name: str, bitmap: RecordingBitmap | None) -> None:
         """What is called ``name`` from this step on; None: nothing. For sessions."""

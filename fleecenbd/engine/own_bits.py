@@ -234,13 +234,17 @@ def _lost(disk: Disk, bitmap: RecordingBitmap) -> OSError:
 
 
 def bitmaps_with(
-    disk: Disk, adding: Session | None
+    disk: Disk, *sessions: Session | None
 ) -> dict[str, tuple[RecordingBitmap, Since | None]]:
-    """The disk's recording bitmaps and their ``since``, as they will be once ``adding`` is armed:
-    what a description that names that session must say of them."""
+    """The disk's recording bitmaps and their ``since`` as they will be, or are, once these sessions
+    are armed: what a description that names them must say.
+
+    A session that is armed already changes nothing here, one that has ended must not be given.
+    """
     bitmaps = {name: (bitmap, bitmap.since) for name, bitmap in disk.bitmaps.items()}
-    for fleece in adding.fleeces if adding is not None else ():
-        if fleece.disk is disk and fleece.own is not None and fleece.own.resets:
-            assert adding is not None, "it has fleeces"
-            bitmaps[fleece.own.name] = (fleece.own.recording, adding.since)
+    for session in sessions:
+        for fleece in session.fleeces if session is not None else ():
+            if fleece.disk is disk and fleece.own is not None and fleece.own.resets:
+                assert session is not None, "it has fleeces"
+                bitmaps[fleece.own.name] = (fleece.own.recording, session.since)
     return bitmaps

@@ -162,6 +162,8 @@ def merge_bits(source: Bitmap, target: Bitmap) -> None:
 def clear(bitmap: RecordingBitmap) -> None:
     """Forget what has changed until now; the bitmap then belongs to no session's chain.
 
+    For a bitmap that records, ``Disk.clear_bitmap``: it keeps the writes in flight.
+
     Raises OSError: EBUSY, EINVAL when it is lost.
     """
     _check_free(bitmap, "cleared")

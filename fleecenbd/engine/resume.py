@@ -6,6 +6,7 @@
               still holds the old data, since its guest write had not begun
     charged   what the temp image's extents say, or all
     own bits  as they are; the recording bitmap is used again by the session
+    broken    it can only be finished as failed, and a bitmap that it made is lost
 
 Whether what was left may be trusted (nobody else wrote to the active image, the page cache is
 still there) is the caller's question, and asked before.
@@ -117,6 +118,9 @@ async def _resume_fleece(name: str, options: SessionOptions, remains: FleeceRema
     fleece = Fleece(disk, state, own)
     if remains.broken is not None:
         state.break_session(remains.broken)
+        if own is not None and own.made and own.recording.lost is None:
+            # If it had been finished as failed, nothing was recorded from then on.
+            own.recording.lost = f"session {name}, which made it, failed"
     else:
         await _find_charged(state)
         await _punch_released(state)

@@ -121,6 +121,10 @@ class Session:
             return
         self._ended = True
         self.failed = failed or self.state == "broken"
+        if self.failed:
+            # Decided, before the description says so: what rolls back here no longer records.
+            for fleece in self.fleeces:
+                fleece.state.note_failed("it was finished as failed")
         for fleece in self.fleeces:
             if fleece.own is not None:
                 fleece.own.end(fleece.disk, failed=self.failed)
@@ -197,7 +201,13 @@ async def arm(
             )
             # Own bits first, then the description: only then may recording bits be cleared.
             described = session
-            await _described(store, session, started + deadline_s, deadline_s)
+            try:
+                await _described(store, session, started + deadline_s, deadline_s)
+            except BaseException:
+                # Perhaps it is described all the same, and guests go on without it.
+                for fleece in fleeces:
+                    fleece.state.note_failed("its arming failed")
+                raise
             # One step: every recording bitmap starts anew, and every fleece is installed.
             assert not any(disk.active_writes for disk in disks), "the guests are held"
             for fleece, claim in zip(fleeces, claims, strict=True):

@@ -243,6 +243,11 @@ class FleeceState:
         self.broken = cause
         self._die()
 
+    def note_failed(self, cause: str) -> None:
+        """The session will fail, whatever comes: after a kill it is a broken one."""
+        if self.broken is None:
+            self._bits.mark_broken(cause)
+
     def finish(self) -> None:
         """The session is over; a broken one stays broken."""
         if self.finished:

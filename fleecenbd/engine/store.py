@@ -26,8 +26,8 @@ class FleeceBits(Protocol):
     own: bytearray | memoryview | None
 
     def mark_broken(self, cause: str) -> None:
-        """The fleece breaks: a plain call, and the first thing of a break, before any write goes
-        uncopied. It must not raise."""
+        """The fleece breaks, or its session will fail. A plain call, and the first thing of a
+        break, before any write goes uncopied. It must not raise; the first cause stays."""
 
     def close(self) -> None:
         """No more use of the buffers; the engine holds no view of them any more."""
@@ -59,7 +59,10 @@ class Store(Protocol):
         self, *, adding: Session | None = None, removing: Session | None = None
     ) -> None:
         """Replace the description by one of what is true now, with ``adding`` and its bitmaps
-        (``bitmaps_with``), and without ``removing``. What fails changes nothing."""
+        (``bitmaps_with``), and without ``removing``. What fails changes nothing.
+
+        From here on ``adding`` is in every description until it has ended or is removed: another
+        commit may come before its recording bits are cleared. One commit at a time."""
 
 
 class Stamps(Protocol):

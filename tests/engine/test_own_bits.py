@@ -349,6 +349,42 @@ async def test_a_bitmap_that_a_failed_session_made_is_removed_again() -> None:
     assert (await night.arm("new")).state == "active"
 
 
+@pytest.mark.parametrize("failed", [True, False])
+def test_that_a_session_failed_is_noted_before_its_bitmaps_roll_back(failed: bool) -> None:
+    @simulated
+    async def run() -> None:
+        night = Night(bitmap=False)
+        session = await night.arm("new")
+        (bits,) = night.store.fleece_bits
+        at_note = []
+
+        def mark_broken(cause: str) -> None:
+            at_note.append((cause, list(night.disk.bitmaps)))
+
+        bits.mark_broken = mark_broken  # type: ignore[method-assign]
+        session.finish(failed=failed)
+        assert at_note == ([("it was finished as failed", ["chain"])] if failed else [])
+
+    run()
+
+
+@simulated
+async def test_an_arming_that_may_be_described_is_noted_as_failed_before_guests_go_on() -> None:
+    night = Night()
+    night.store.gate = asyncio.Event()
+    arming = asyncio.ensure_future(night.arm("use"))
+    await settle()
+    (bits,) = night.store.fleece_bits
+    held = []
+    bits.mark_broken = lambda cause: held.append((cause, night.disk._holds))  # type: ignore[method-assign]
+    arming.cancel()
+    await settle()
+    assert held == [("its arming failed", 1)]
+    night.store.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await arming
+
+
 @simulated
 async def test_one_disk_that_breaks_rolls_back_the_bitmaps_of_all() -> None:
     night = Night()

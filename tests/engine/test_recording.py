@@ -141,6 +141,22 @@ async def test_a_bitmap_that_is_added_records_the_active_writes_in_flight_too() 
 
 
 @simulated
+async def test_a_bitmap_that_is_cleared_keeps_the_active_writes_in_flight() -> None:
+    scene = Scene(4)
+    bitmap = _recorded(scene)
+    await scene.write(0)
+    scene.active.gate("write")
+    write = scene.write(2)
+    await scene.active.reached("write")
+    scene.disk.clear_bitmap("chain")
+    assert (str(bitmap.bitmap), bitmap.since) == ("0010", None)
+    with pytest.raises(OSError, match="vda has no bitmap called other"):
+        scene.disk.clear_bitmap("other")
+    scene.active.open()
+    await write
+
+
+@simulated
 async def test_a_bitmap_that_is_removed_records_nothing_more() -> None:
     scene = Scene(4)
     first, second = _recorded(scene, "a"), _recorded(scene, "b", 2 * CLUSTER)

@@ -200,6 +200,17 @@ async def test_a_session_that_had_broken_is_broken_still() -> None:
 
 
 @simulated
+async def test_a_bitmap_that_a_broken_session_made_is_lost_and_goes_with_it() -> None:
+    left = Left("1111", "0000", own="0000")
+    assert left.own is not None
+    left.own = OwnRemains("chain", "new", left.chain, None, made=True)
+    session = await left.resume(broken="it was finished as failed")
+    assert left.chain.lost == "session nightly, which made it, failed"
+    session.finish()
+    assert left.disk.bitmaps == {}
+
+
+@simulated
 async def test_a_session_that_is_not_broken_needs_its_temp_image() -> None:
     left = Left("1", "0")
     with pytest.raises(ValueError, match="vda@nightly is not broken"):

@@ -24,6 +24,10 @@ LIMITS = {
 """Limits of the engine that a plan may lower, so that small disks meet them, and their modules."""
 
 
+OTHERS = ("bitmap", "recording", "resume")
+"""Modules besides that the simulation of chains needs."""
+
+
 @dataclass(frozen=True)
 class Engine:
     """What the simulation calls by name; everything else it reaches through these."""
@@ -32,7 +36,7 @@ class Engine:
     arm: Callable[..., Any]
     session_options: Callable[..., Any]
     modules: Mapping[str, ModuleType]
-    """The modules of LIMITS."""
+    """The modules of LIMITS, and OTHERS."""
 
     def limit(self, name: str) -> int:
         """The value of a limit now."""
@@ -59,7 +63,7 @@ def from_modules(find: Callable[[str], Any]) -> Engine:
         disk=find("fleecenbd.engine.disk").Disk,
         arm=session.arm,
         session_options=session.SessionOptions,
-        modules={name: find(f"fleecenbd.engine.{name}") for name in set(LIMITS.values())},
+        modules={name: find(f"fleecenbd.engine.{name}") for name in {*LIMITS.values(), *OTHERS}},
     )
 
 

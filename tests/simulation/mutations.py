@@ -15,7 +15,7 @@ import importlib.util
 import logging
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -116,11 +116,17 @@ def _is_engine(name: str) -> bool:
     return name == PACKAGE or name.startswith(PACKAGE + ".")
 
 
-def hunt(bug: PlantedBug, *, seeds_max: int = SEEDS_MAX, start: int = 0) -> Catch:
-    """Run seeds against the bug until a checker catches it."""
+def hunt(
+    bug: PlantedBug,
+    *,
+    seeds_max: int = SEEDS_MAX,
+    start: int = 0,
+    of: Callable[[int, engine.Engine], Any] = world.run,
+) -> Catch:
+    """Run seeds (of what ``of`` runs) against the bug until a checker catches it."""
     mutant = load(bug)
     for count, seed in enumerate(range(start, start + seeds_max), 1):
-        outcome = world.run(seed, mutant)
+        outcome = of(seed, mutant)
         if outcome.violation is not None:
             return Catch(bug, count, outcome.violation)
     return Catch(bug, seeds_max, None)

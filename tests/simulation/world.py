@@ -147,7 +147,11 @@ class World:
         return temp
 
     def arm(
-        self, plan: SessionPlan, disks: list[SimDisk], make_temp: Callable[..., Awaitable[Any]]
+        self,
+        plan: SessionPlan,
+        disks: list[SimDisk],
+        make_temp: Callable[..., Awaitable[Any]],
+        **more: Any,
     ) -> Awaitable[Any]:
         limit = plan.temp_limit_clusters
         options = self.engine.session_options(
@@ -164,6 +168,7 @@ class World:
             clock=self.loop.time,
             deadline_s=plan.deadline_s,
             session_id=f"id of {plan.name}",
+            **more,
         )
         return session
 
