@@ -13,6 +13,7 @@ from typing import Annotated, cast
 import typer
 
 from fleecenbd import __version__
+from fleecenbd.cli.bitmap_commands import bitmap_app
 from fleecenbd.cli.command import StrictCommand
 from fleecenbd.cli.control_commands import add_commands
 from fleecenbd.cli.control_options import (
@@ -369,6 +370,7 @@ def _serve(
 
 
 add_commands(app)
+app.add_typer(bitmap_app, name="bitmap")
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -22,6 +22,7 @@ from fleecenbd.cli.control_options import (
 from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.options import choose_session_options
 from fleecenbd.cli.values import DiskSpec
+from fleecenbd.engine.recording import MODES, USE_OR_NEW
 
 WATCH_INTERVAL_S = 1.0
 
@@ -51,7 +52,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("status", cls=StrictCommand)(status)
 
 
-def _call(control: str | None, method: str, *words: str, **options: Any) -> Any:
+def call(control: str | None, method: str, *words: str, **options: Any) -> Any:
     # Only here: it takes longer to import than most calls take.
     from fleecenbd.cli.control_client import call_server
 
@@ -103,6 +104,25 @@ def begin(
             help="Unit of copying, a power of two. Default: 4k, more for disks past 256 GiB.",
         ),
     ] = None,
+    bitmap: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            show_default=False,
+            help="A recording bitmap of each disk: what the exports read, and what becomes of it, "
+            "is told by --bitmap-mode. --json says, for each disk, what was really done.",
+        ),
+    ] = None,
+    bitmap_mode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="use|new|use-or-new|keep",
+            show_default=False,
+            help="use: read what has changed, and record anew; new: read everything, and record "
+            "anew; use-or-new: the first where that can be, else the second; keep: read what has "
+            "changed, and record on. Default: use-or-new.",
+        ),
+    ] = None,
     owner: Annotated[
         str | None,
         typer.Option(
@@ -142,15 +162,23 @@ def begin(
         "disks": disk or None,
         "owner": owner,
     }
+    if bitmap is not None:
+        body["bitmap"] = values.check_name(bitmap, "a bitmap")
+        body["bitmap_mode"] = _bitmap_mode(bitmap_mode)
+    elif bitmap_mode is not None:
+        raise UsageError("--bitmap-mode cannot be given without --bitmap")
     for key, text in (("ttl", ttl), ("idle_ttl", idle_ttl), ("hook_timeout", hook_timeout)):
         if text is not None:
             body[key] = values.parse_period(text, f"--{key.replace('_', '-')}")
     for key, command in (("freeze_cmd", freeze_cmd), ("thaw_cmd", thaw_cmd)):
         if command is not None:
             body[key] = command or None
-    answer = _call(control, "PUT", "sessions", name, body=body)
+    answer = call(control, "PUT", "sessions", name, body=body)
     for warning in answer["warnings"]:
         logs.report(f"warning: {warning}")
+    for one in answer["disks"]:
+        if one["bitmap"] is not None and one["bitmap"]["reason"] is not None:
+            logs.report(f"warning: {one['export']} is a full backup: {one['bitmap']['reason']}")
     if as_json:
         _print_json(answer)
         return
@@ -161,10 +189,18 @@ def begin(
             print(one["uri"])
 
 
+def _bitmap_mode(text: str | None) -> str:
+    if text is None:
+        return USE_OR_NEW
+    if text not in MODES:
+        raise UsageError(f"--bitmap-mode is one of {', '.join(MODES)}, not {text!r}")
+    return text
+
+
 @session_app.command("list", cls=StrictCommand)
 def list_sessions(control: Control = None, as_json: AsJson = False) -> None:
     """All sessions that are not finished, and the last 20 that are."""
-    answer = _call(control, "GET", "sessions")
+    answer = call(control, "GET", "sessions")
     if as_json:
         _print_json(answer)
         return
@@ -177,7 +213,7 @@ def list_sessions(control: Control = None, as_json: AsJson = False) -> None:
 def show(name: SessionName, control: Control = None, as_json: AsJson = False) -> None:
     """Everything about one session."""
     values.check_name(name, "a session")
-    answer = _call(control, "GET", "sessions", name)
+    answer = call(control, "GET", "sessions", name)
     if as_json:
         _print_json(answer)
         return
@@ -198,7 +234,7 @@ def finish(
     """Finish a session: its exports go, and its temp images with them."""
     values.check_name(name, "a session")
     result = "failed" if failed else "success"
-    answer = _call(control, "DELETE", "sessions", name, result=result)
+    answer = call(control, "DELETE", "sessions", name, result=result)
     if as_json:
         _print_json(answer)
     if answer["result"] != result:
@@ -208,7 +244,7 @@ def finish(
 @disk_app.command("list", cls=StrictCommand)
 def list_disks(control: Control = None, as_json: AsJson = False) -> None:
     """The disks that are served."""
-    answer = _call(control, "GET", "disks")
+    answer = call(control, "GET", "disks")
     if as_json:
         _print_json(answer)
         return
@@ -228,7 +264,7 @@ def add_disk(
 ) -> None:
     """Serve one more disk. Prints the NBD URI of its guest export."""
     spec = values.parse_disk(disk)
-    answer = _call(control, "POST", "disks", spec.name, body={"image": _absolute(spec)})
+    answer = call(control, "POST", "disks", spec.name, body={"image": _absolute(spec)})
     if as_json:
         _print_json(answer)
         return
@@ -245,7 +281,7 @@ def _absolute(spec: DiskSpec) -> str:
 def remove_disk(name: DiskName, control: Control = None) -> None:
     """Serve a disk no more. Refused while a guest or a session needs it."""
     values.check_name(name, "a disk")
-    _call(control, "DELETE", "disks", name)
+    call(control, "DELETE", "disks", name)
 
 
 def status(
@@ -261,7 +297,7 @@ def status(
     if watch:
         _watch(control)
         return
-    answer = _call(control, "GET", "status")
+    answer = call(control, "GET", "status")
     if as_json:
         _print_json(answer)
         return

@@ -83,6 +83,22 @@ def session_table(sessions: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
+def bitmap_table(bitmaps: Mapping[str, Iterable[Mapping[str, Any]]]) -> Table:
+    """A line for each bitmap; ``bitmaps``: those of each disk."""
+    table = _table("DISK", "BITMAP", "STATE", "DIRTY", "GRANULARITY", "SINCE", "USED BY", "ID")
+    for disk, found in bitmaps.items():
+        for bitmap in found:
+            since = bitmap["since"]
+            shown = f"{since['session']} {moment(since['armed_at'])}" if since else "-"
+            row = (
+                *(disk, bitmap["name"], bitmap["state"]),
+                *(size(bitmap["dirty"]), size(bitmap["granularity"]), shown),
+                *(bitmap["used_by"] or "-", bitmap["id"]),
+            )
+            table.add_row(*map(Text, row))
+    return table
+
+
 def fleece_table(sessions: Iterable[Mapping[str, Any]]) -> Table:
     """A bar for each fleece: how much of it the backup has released."""
     table = _table(
@@ -136,6 +152,7 @@ def session_details(session: Mapping[str, Any]) -> Sequence[RenderableType]:
 def _fleece_facts(disk: Mapping[str, Any]) -> Table:
     copies, wait, temp = disk["copies"], disk["guest_wait"], disk["temp"]
     facts = Table.grid(padding=(0, 2))
+    own = disk["bitmap"]
     rows = [
         ("export", disk["export"]),
         *(("uri", uri) for uri in disk["uris"]),
@@ -152,11 +169,20 @@ def _fleece_facts(disk: Mapping[str, Any]) -> Table:
             f"max {duration(wait['max'])}",
         ),
         ("clients", ", ".join(disk["clients"]) or "-"),
+        ("bitmap", None if own is None else _own_bitmap(own)),
     ]
     for name, value in rows:
         if value is not None:
             facts.add_row(Text(name), Text(str(value)))
     return facts
+
+
+def _own_bitmap(own: Mapping[str, Any]) -> str:
+    since = own["since"]
+    text = f"{own['name']}, {own['mode']}, {size(own['dirty'])} dirty"
+    if since is not None:
+        text += f" since {since['session']} {moment(since['armed_at'])}"
+    return text if own["reason"] is None else f"{text}: {own['reason']}"
 
 
 def status_parts(status: Mapping[str, Any]) -> Sequence[RenderableType]:

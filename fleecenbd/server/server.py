@@ -20,22 +20,14 @@ from typing import Any
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.fleece import Fleece
+from fleecenbd.engine.recording import BitmapRequest
 from fleecenbd.engine.session import MakeTemp, Session, SessionOptions, arm
+from fleecenbd.engine.store import MEMORY, Store
 from fleecenbd.nbd.errors import shown_name
-from fleecenbd.server import client_sockets
+from fleecenbd.server import client_sockets, events
 from fleecenbd.server.catalog import Exports
 from fleecenbd.server.clients import Client, Clients
 from fleecenbd.server.connection import Connection
-from fleecenbd.server.events import (
-    CLIENT_CAME,
-    CLIENT_WENT,
-    DISK_ADDED,
-    DISK_REMOVED,
-    SESSION_BEGUN,
-    SESSION_BROKEN,
-    SESSION_FINISHED,
-    Events,
-)
 from fleecenbd.server.exports import Export, FleecingExport, GuestExport
 from fleecenbd.server.guest_records import GuestRecords
 from fleecenbd.server.limits import ServerLimits
@@ -74,11 +66,13 @@ class Server:
         self.sessions: dict[str, Session] = {}
         self.exports = Exports(default_export)
         self.clients = Clients(limits or ServerLimits(), self.exports.find, self.exports.listed)
+        self.store: Store | None = None
+        """Where bits that outlive the server are; None: they are in memory."""
         self._shared = shared
         self.read_only = read_only
         self._beginning: dict[str, list[str]] = {}
         """Sessions that are being armed, and their disks."""
-        self.events = Events()
+        self.events = events.Events()
         self.finishing: list[Callable[[Session, bool], None]] = []
         """Called with each session that ends, and whether it failed, while all is there still."""
         self._listeners = Listeners()
@@ -87,8 +81,8 @@ class Server:
         self._accepting: set[asyncio.Task[object]] = set()
         self._stopping = False
         self._guest_records = guest_records
-        self.clients.came = partial(self._tell_client, CLIENT_CAME)
-        self.clients.went = partial(self._tell_client, CLIENT_WENT)
+        self.clients.came = partial(self._tell_client, events.CLIENT_CAME)
+        self.clients.went = partial(self._tell_client, events.CLIENT_WENT)
         if guest_records is not None and not read_only:
             self.clients.guest_came = self._guest_came
             self.clients.guest_left = self._guest_left
@@ -120,7 +114,7 @@ class Server:
         # Readers of what nobody writes are in nobody's way.
         shared = 0 if self.read_only else self._shared
         self.exports[disk.name] = GuestExport(disk, read_only=self.read_only, shared=shared)
-        self.events.tell(DISK_ADDED, disk=disk.name, image=disk.device.name)
+        self.events.tell(events.DISK_ADDED, disk=disk.name, image=disk.device.name)
 
     async def remove_disk(self, name: str) -> None:
         """Serve a disk no more; sync and close its image.
@@ -142,7 +136,7 @@ class Server:
             client.drop("its client has gone")
         leftovers = self.clients.predecessors(export)
         del self.disks[name], self.exports[name]
-        self.events.tell(DISK_REMOVED, disk=name)
+        self.events.tell(events.DISK_REMOVED, disk=name)
         try:
             async with asyncio.timeout(STOP_DEADLINE_S):
                 if leftovers:
@@ -190,6 +184,9 @@ class Server:
         disks: Sequence[str] | None,
         options: SessionOptions,
         make_temp: MakeTemp,
+        *,
+        bitmap: BitmapRequest | None = None,
+        owner: str | None = None,
     ) -> Session:
         """Begin a session over the disks of these names (None: all). Raises OSError."""
         if name in self.sessions or name in self._beginning:
@@ -202,7 +199,16 @@ class Server:
         chosen = [self.disk(disk) for disk in names]
         self._beginning[name] = names
         try:
-            session = await arm(name, chosen, options, make_temp, clock=time.time)
+            session = await arm(
+                name,
+                chosen,
+                options,
+                make_temp,
+                clock=time.time,
+                bitmap=bitmap,
+                store=MEMORY if self.store is None else self.store,
+                owner=owner,
+            )
         finally:
             del self._beginning[name]
         if self._stopping:
@@ -224,7 +230,7 @@ class Server:
             ", ".join(names),
             session.pause_s * 1000,
         )
-        self.events.tell(SESSION_BEGUN, session=name, id=session.id, disks=names)
+        self.events.tell(events.SESSION_BEGUN, session=name, id=session.id, disks=names)
         return session
 
     def finish(self, name: str, *, failed: bool = False) -> Session:
@@ -242,7 +248,7 @@ class Server:
             # A fleece that had broken told its clients so then; now they lose their export.
             self._end_clients(fleece, export)
         logger.info("session %s %s: finished (%s)", name, session.id, result)
-        self.events.tell(SESSION_FINISHED, session=name, id=session.id, result=result)
+        self.events.tell(events.SESSION_FINISHED, session=name, id=session.id, result=result)
         return session
 
     def _fleece_died(self, fleece: Fleece, export: FleecingExport) -> None:
@@ -254,7 +260,7 @@ class Server:
             fleece.broken,
         )
         disk, _, session = fleece.name.partition("@")
-        self.events.tell(SESSION_BROKEN, session=session, disk=disk, reason=fleece.broken)
+        self.events.tell(events.SESSION_BROKEN, session=session, disk=disk, reason=fleece.broken)
         export.info = replace(export.info, description=f"{export.info.description}, broken")
         for connection in self.clients.of(export):
             connection.fail_pending(fleece.state.death())

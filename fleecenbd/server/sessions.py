@@ -21,7 +21,9 @@ from functools import partial
 from typing import Protocol
 
 from fleecenbd.engine.disk import Disk
+from fleecenbd.engine.recording import KEEP, USE, BitmapRequest
 from fleecenbd.engine.session import MakeTemp, Session, SessionOptions
+from fleecenbd.server.bitmaps import Bitmaps
 from fleecenbd.server.catalog import FINISHED_MAX
 from fleecenbd.server.events import HOOK_FAILED
 from fleecenbd.server.exports import FleecingExport
@@ -55,6 +57,7 @@ class Ask:
     idle_ttl_s: float | None = None
     freeze: str | None = None
     thaw: str | None = None
+    bitmap: BitmapRequest | None = None
     hook_timeout_s: float = HOOK_TIMEOUT_S
 
 
@@ -97,6 +100,7 @@ class Sessions:
     def __init__(self, server: Server, places: Places) -> None:
         self.finished: deque[SessionView] = deque(maxlen=FINISHED_MAX)
         """The last ones, oldest first, as they were just before their end."""
+        self.bitmaps = Bitmaps(server)
         self._server = server
         self._places = places
         self._known: dict[str, _Known] = {}
@@ -158,8 +162,10 @@ class Sessions:
             raise OSError(errno.ESHUTDOWN, f"session {name} cannot begin: the server is stopping")
         if name in self._server.sessions:
             raise OSError(errno.EEXIST, f"there is a session called {name} already")
-        for disk in ask.disks or ():
-            self._server.disk(disk)
+        for disk_name in self._server.disks if ask.disks is None else ask.disks:
+            disk = self._server.disk(disk_name)
+            if ask.bitmap is not None and ask.bitmap.mode in (USE, KEEP):
+                self.bitmaps.find(disk.name, ask.bitmap.name)
 
     async def _begin(self, name: str, ask: Ask) -> Begun:
         make_temp = self._places.make_temp(name)
@@ -168,7 +174,9 @@ class Sessions:
         try:
             if ask.freeze is not None:
                 await self._hook(name, names, "freeze", ask.freeze, ask.hook_timeout_s)
-            session = await self._server.begin(name, names, ask.options, make_temp)
+            session = await self._server.begin(
+                name, names, ask.options, make_temp, bitmap=ask.bitmap, owner=ask.owner
+            )
         finally:
             # Whatever happened, a failed or killed freeze command included.
             if ask.thaw is not None:
@@ -350,7 +358,6 @@ class Sessions:
             ask = known.ask
             idle_s = asyncio.get_running_loop().time() - known.used_at
             life = Life(
-                owner=ask.owner,
                 ttl=ask.ttl_s,
                 ttl_left=_left(ask.ttl_s, time.time() - session.armed_at),
                 idle_ttl=ask.idle_ttl_s,

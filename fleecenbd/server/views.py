@@ -8,13 +8,63 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fleecenbd.engine.bitmap import Bitmap
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.fleece import Fleece
+from fleecenbd.engine.own_bits import OwnBits
+from fleecenbd.engine.recording import RecordingBitmap, Since
 from fleecenbd.engine.session import Session
 from fleecenbd.server.server import Server
 
 Uris = Callable[[str], Sequence[str]]
 """An export's name to the NBD URIs that lead to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SinceView:
+    """The session from whose moment a bitmap records."""
+
+    session: str
+    session_id: str
+    armed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapView:
+    """A recording bitmap. ``state``: ``good``, or ``lost`` (``reason``): a full backup is needed.
+
+    ``since`` null: it was added or cleared, and belongs to no session's chain.
+    """
+
+    name: str
+    id: str
+    granularity: int
+    state: str
+    reason: str | None
+    since: SinceView | None
+    dirty: int
+    """Bytes that have changed since then, in whole granules."""
+    used_by: str | None
+    """The session that resets it, and is not finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnBitmapView:
+    """What became of a session's bitmap on one disk.
+
+    ``mode``: what was really done; ``reason``: why ``use-or-new`` came to ``new``. ``since``,
+    ``dirty``: of the bits that the session took, and whether it reads only these.
+    """
+
+    name: str
+    id: str
+    mode: str
+    reason: str | None
+    made: bool
+    """There was none in good state: the session has made it."""
+    granularity: int
+    since: SinceView | None
+    dirty: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +80,7 @@ class DiskView:
     sessions: list[str]
     guest_writes: int
     """Requests that may have changed the disk since it is served."""
+    bitmaps: list[BitmapView]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +133,7 @@ class FleeceView:
     copies: CopiesView
     guest_wait: WaitView
     clients: list[str]
+    bitmap: OwnBitmapView | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +163,8 @@ class SessionView:
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """What the engine does not know of a session: whose it is, and how long it may live."""
+    """What the engine does not know of a session: how long it may live."""
 
-    owner: str | None = None
     ttl: float | None = None
     ttl_left: float | None = None
     idle_ttl: float | None = None
@@ -130,7 +181,45 @@ def disk_view(server: Server, disk: Disk, uris: Uris) -> DiskView:
         clients=[client.peer for client in server.clients_of(disk.name)],
         sessions=[fleece.name.partition("@")[2] for fleece in disk.fleeces],
         guest_writes=disk.writes,
+        bitmaps=[bitmap_view(bitmap) for bitmap in disk.bitmaps.values()],
     )
+
+
+def bitmap_view(bitmap: RecordingBitmap) -> BitmapView:
+    return BitmapView(
+        name=bitmap.name,
+        id=bitmap.id,
+        granularity=bitmap.granularity,
+        state="good" if bitmap.lost is None else "lost",
+        reason=bitmap.lost,
+        since=_since_view(bitmap.since),
+        dirty=_set_bytes(bitmap.bitmap),
+        used_by=bitmap.used_by,
+    )
+
+
+def own_view(own: OwnBits | None) -> OwnBitmapView | None:
+    if own is None:
+        return None
+    return OwnBitmapView(
+        name=own.name,
+        id=own.bitmap_id,
+        mode=own.mode,
+        reason=own.reason,
+        made=own.made,
+        granularity=own.granularity,
+        since=_since_view(own.since),
+        dirty=_set_bytes(own.bitmap),
+    )
+
+
+def _since_view(since: Since | None) -> SinceView | None:
+    return None if since is None else SinceView(since.session, since.session_id, since.armed_at)
+
+
+def _set_bytes(bitmap: Bitmap) -> int:
+    """The last cluster may reach past the end of the disk."""
+    return min(bitmap.bits.count(1, 0, bitmap.clusters) << bitmap.shift, bitmap.size)
 
 
 def fleece_view(server: Server, fleece: Fleece, uris: Uris) -> FleeceView:
@@ -143,8 +232,7 @@ def fleece_view(server: Server, fleece: Fleece, uris: Uris) -> FleeceView:
         broken=fleece.broken,
         size=fleece.size,
         cluster_size=fleece.cluster_size,
-        # The last cluster may reach past the end of the disk.
-        accessible=min(state.access.bits.count(1) << shift, fleece.size),
+        accessible=_set_bytes(state.access),
         released=min(stats.released_bytes, fleece.size),
         copied=stats.copied_bytes,
         temp=TempView(
@@ -165,6 +253,7 @@ def fleece_view(server: Server, fleece: Fleece, uris: Uris) -> FleeceView:
             max=stats.guest_wait_max_s,
         ),
         clients=[client.peer for client in server.clients_of(fleece.name)],
+        bitmap=own_view(fleece.own),
     )
 
 
@@ -176,7 +265,7 @@ def session_view(server: Server, session: Session, life: Life, uris: Uris) -> Se
     return SessionView(
         name=session.name,
         id=session.id,
-        owner=life.owner,
+        owner=session.owner,
         state=session.state,
         reason=broken[0] if broken else None,
         result=None,

@@ -313,3 +313,63 @@ def test_a_session_of_the_start_can_be_finished_and_has_its_ttl(tmp_path: Path, 
             session["result"]
             for session in json.loads(out("session", "list", "--json", *control))["sessions"]
         ] == ["success"]
+
+
+def test_bitmaps_from_the_first_full_backup_to_the_next_increment(
+    server: Serving, fails: Fails, out: Out, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out("bitmap", "add", "vda", "extra", "--granularity", "4k")
+    assert "bitmap extra of" not in out("bitmap", "list")
+    assert run(["session", "begin", "b", "--disk", "vda", "--bitmap", "chain"]) == 0
+    printed = capfd.readouterr()
+    assert printed.out == f"{server.uri('vda@b')}\n"
+    assert "fleecenbd: warning: vda@b is a full backup: there was no such bitmap\n" in printed.err
+    assert "bitmap chain is used by session b" in fails("bitmap", "remove", "vda", "chain")
+    with connected(server.uri("vda")) as guest:
+        guest.pwrite(b"x" * 100, 0)
+        out("session", "finish", "b")
+        begin = ("session", "begin", "b", "--disk", "vda", "--bitmap", "chain", "--json")
+        begun = json.loads(out(*begin))
+    own = begun["disks"][0]["bitmap"]
+    assert (own["mode"], own["dirty"]) == ("use", 64 << 10)
+    assert re.search(
+        r"^bitmap +chain, use, 64\.0 KiB dirty since b ", out("session", "show", "b"), re.M
+    )
+    out("session", "finish", "b")
+    assert re.search(r"^vda +extra +good +4\.0 KiB +4\.0 KiB +-", out("bitmap", "list"), re.M)
+    out("bitmap", "merge", "vda", "extra", "chain")
+    assert json.loads(out("bitmap", "clear", "vda", "extra", "--json"))["dirty"] == 0
+    assert [bitmap["dirty"] for bitmap in json.loads(out("bitmap", "list", "--json"))["vda"]] == [
+        0,
+        64 << 10,
+    ]
+    out("bitmap", "remove", "vda", "extra")
+    out("bitmap", "remove", "vda", "chain")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("bitmap", "add", "vda", "a/b"), 2, "cannot be a bitmap's name"),
+        (("bitmap", "add", "vdz", "b"), 1, "there is no disk called 'vdz'"),
+        (("bitmap", "add", "vda", "b", "--granularity", "5k"), 1, "granularity is a power of two"),
+        (("bitmap", "clear", "vda", "nosuch"), 1, "vda has no bitmap called nosuch"),
+        (("bitmap", "merge", "vda", "nosuch", "other"), 1, "vda has no bitmap called"),
+        (("bitmap", "remove", "vda", "nosuch"), 1, "vda has no bitmap called nosuch"),
+        (("session", "begin", "n", "--bitmap-mode", "use"), 2, "cannot be given without --bitmap"),
+        (
+            ("session", "begin", "n", "--bitmap", "b", "--bitmap-mode", "x"),
+            2,
+            "--bitmap-mode is one of use, new, use-or-new, keep",
+        ),
+        (
+            ("session", "begin", "n", "--bitmap", "b", "--bitmap-mode", "use"),
+            1,
+            "vda has no bitmap called b",
+        ),
+    ],
+)
+def test_what_cannot_be_done_with_bitmaps_is_one_line(
+    fails: Fails, arguments: tuple[str, ...], status: int, words: str
+) -> None:
+    assert words in fails(*arguments, status=status)

@@ -39,6 +39,7 @@ async def test_a_session_is_begun_read_and_finished_while_a_guest_writes() -> No
                 "uris": ["nbd+unix:///vda@n?socket=/s"],
                 "size": SIZE,
                 "cluster_size": CLUSTER,
+                "bitmap": None,
             }
         ]
         assert 0 <= begun["pause_ms"] < 1000
@@ -528,4 +529,5 @@ async def test_every_call_is_in_the_document_and_on_its_page() -> None:
     page = (DOCS / "control.md").read_text()
     for call in openapi.CALLS:
         shown = call.path.replace("{session}", "NAME").replace("{disk}", "DISK")
+        shown = shown.replace("{bitmap}", "BITMAP")
         assert f"`{call.method.upper()} {shown}" in page, call

@@ -36,6 +36,7 @@ KEEP_ALIVE_S = 15.0
 LINGER_S = 1.0
 """Seconds that the rest of a body is read which was refused."""
 SHUTDOWN_S = 1.0
+BITMAPS = "/v1/disks/{disk}/bitmaps"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 BusyWith = Callable[[object, str, int], None]
@@ -115,6 +116,12 @@ class _Handlers:
             get("/v1/disks/{disk}", self.disk, allow_head=False),
             post("/v1/disks/{disk}", self.add_disk),
             delete("/v1/disks/{disk}", self.remove_disk),
+            get(f"{BITMAPS}", self.bitmaps, allow_head=False),
+            get(f"{BITMAPS}/{{bitmap}}", self.bitmap, allow_head=False),
+            put(f"{BITMAPS}/{{bitmap}}", self.add_bitmap),
+            delete(f"{BITMAPS}/{{bitmap}}", self.remove_bitmap),
+            post(f"{BITMAPS}/{{bitmap}}/clear", self.clear_bitmap),
+            post(f"{BITMAPS}/{{bitmap}}/merge", self.merge_bitmap),
             get("/v1/sessions", self.sessions, allow_head=False),
             get("/v1/sessions/{session}", self.session, allow_head=False),
             put("/v1/sessions/{session}", self.begin),
@@ -139,6 +146,27 @@ class _Handlers:
     async def remove_disk(self, request: web.Request) -> web.Response:
         await self._calls.remove_disk(request.match_info["disk"])
         return web.Response(status=204)
+
+    async def bitmaps(self, request: web.Request) -> web.Response:
+        return _json(200, self._calls.bitmap_list(request.match_info["disk"]))
+
+    async def bitmap(self, request: web.Request) -> web.Response:
+        return _json(200, self._calls.bitmap(*_bitmap(request)))
+
+    async def add_bitmap(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        return _json(201, await self._calls.add_bitmap(*_bitmap(request), body))
+
+    async def remove_bitmap(self, request: web.Request) -> web.Response:
+        await self._calls.remove_bitmap(*_bitmap(request))
+        return web.Response(status=204)
+
+    async def clear_bitmap(self, request: web.Request) -> web.Response:
+        return _json(200, await self._calls.clear_bitmap(*_bitmap(request)))
+
+    async def merge_bitmap(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        return _json(200, await self._calls.merge_bitmap(*_bitmap(request), body))
 
     async def sessions(self, request: web.Request) -> web.Response:
         return _json(200, self._calls.session_list())
@@ -183,6 +211,10 @@ class _Handlers:
             self._events.forget(listener)
             self._listeners -= 1
         return response
+
+
+def _bitmap(request: web.Request) -> tuple[str, str]:
+    return request.match_info["disk"], request.match_info["bitmap"]
 
 
 def _metrics_route(metrics: Metrics) -> web.RouteDef:

@@ -9,16 +9,22 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from fleecenbd.engine.recording import (
+    GRANULARITY_DEFAULT,
+    GRANULARITY_MAX,
+    GRANULARITY_MIN,
+)
 from fleecenbd.engine.session import CLUSTER_SIZE_MAX, SessionOptions
 from fleecenbd.engine.state import CLUSTER_SIZE_MIN
 from fleecenbd.server.hooks import HOOK_TIMEOUT_S
 from fleecenbd.server.names import NAME_LENGTH_MAX
-from fleecenbd.server.views import DiskView, SessionView
+from fleecenbd.server.views import BitmapView, DiskView, OwnBitmapView, SessionView
 
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 TimeToLive = Annotated[float, Meta(gt=0, le=1e9)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Name = Annotated[str, Meta(min_length=1, max_length=NAME_LENGTH_MAX, pattern=r"^[A-Za-z0-9._-]+$")]
+Granularity = Annotated[int, Meta(ge=GRANULARITY_MIN, le=GRANULARITY_MAX)]
 Command = Annotated[str, Meta(max_length=4096)]
 
 
@@ -48,6 +54,16 @@ class BeginBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     idle_ttl: Annotated[
         TimeToLive | None, Meta(description="seconds from the last request to its end, as failed")
     ] = None
+    bitmap: Annotated[
+        Name | None, Meta(description="a recording bitmap of each disk; null: none")
+    ] = None
+    bitmap_mode: Annotated[
+        Literal["use", "new", "use-or-new", "keep"],
+        Meta(description="what the exports read, and what becomes of the bitmap"),
+    ] = "use-or-new"
+    bitmap_granularity: Annotated[
+        Granularity, Meta(description="bytes, of a bitmap that has to be made")
+    ] = GRANULARITY_DEFAULT
     owner: Annotated[
         Annotated[str, Meta(min_length=1, max_length=200)] | None,
         Meta(
@@ -86,6 +102,20 @@ class AddDiskBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     ]
 
 
+class AddBitmapBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A bitmap that records from now on."""
+
+    granularity: Annotated[
+        Granularity, Meta(description="bytes of the disk for each bit, a power of two")
+    ] = GRANULARITY_DEFAULT
+
+
+class MergeBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Which bitmap is merged into that of the call; of the same disk."""
+
+    source: Name
+
+
 class BegunDisk(msgspec.Struct, frozen=True):
     """One disk of a session that has begun."""
 
@@ -95,6 +125,7 @@ class BegunDisk(msgspec.Struct, frozen=True):
     uris: list[str]
     size: int
     cluster_size: int
+    bitmap: OwnBitmapView | None
 
 
 class BeginAnswer(msgspec.Struct, frozen=True):
@@ -110,6 +141,10 @@ class BeginAnswer(msgspec.Struct, frozen=True):
 
 class Disks(msgspec.Struct, frozen=True):
     disks: list[DiskView]
+
+
+class BitmapList(msgspec.Struct, frozen=True):
+    bitmaps: list[BitmapView]
 
 
 class SessionList(msgspec.Struct, frozen=True):

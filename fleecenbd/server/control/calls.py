@@ -10,13 +10,17 @@ import msgspec
 from msgspec import UNSET
 
 from fleecenbd import __version__
+from fleecenbd.engine.recording import BitmapRequest
 from fleecenbd.engine.session import SessionOptions
 from fleecenbd.server.control.bodies import (
+    AddBitmapBody,
     AddDiskBody,
     BeginAnswer,
     BeginBody,
     BegunDisk,
+    BitmapList,
     Disks,
+    MergeBody,
     SessionList,
     Status,
 )
@@ -24,7 +28,7 @@ from fleecenbd.server.control.errors import CallError, from_os_error
 from fleecenbd.server.hooks import Hooks
 from fleecenbd.server.names import bad_name, is_name
 from fleecenbd.server.sessions import Ask, Begun, Places, Sessions
-from fleecenbd.server.views import DiskView, SessionView
+from fleecenbd.server.views import BitmapView, DiskView, SessionView, bitmap_view, own_view
 
 BodyT = TypeVar("BodyT")
 
@@ -112,8 +116,15 @@ class Calls:
             )
         except ValueError as error:
             raise CallError(422, f"the body is not as it should be: {error}") from None
+        bitmap = None
+        if body.bitmap is not None:
+            try:
+                bitmap = BitmapRequest(body.bitmap, body.bitmap_mode, body.bitmap_granularity)
+            except ValueError as error:
+                raise CallError(422, f"the body is not as it should be: {error}") from None
         hooks = self._hooks
         return Ask(
+            bitmap=bitmap,
             disks=None if body.disks is None else tuple(body.disks),
             options=options,
             owner=body.owner,
@@ -138,6 +149,7 @@ class Calls:
                     uris=uris,
                     size=fleece.size,
                     cluster_size=fleece.cluster_size,
+                    bitmap=own_view(fleece.own),
                 )
             )
         return BeginAnswer(
@@ -180,3 +192,51 @@ class Calls:
             await self.sessions.remove_disk(name)
         except OSError as error:
             raise from_os_error(error) from error
+
+    # -- bitmaps ---------------------------------------------------------------------------
+
+    def bitmap_list(self, disk: str) -> BitmapList:
+        return BitmapList(self.disk(disk).bitmaps)
+
+    def bitmap(self, disk: str, name: str) -> BitmapView:
+        _check_names(disk, name)
+        try:
+            return bitmap_view(self.sessions.bitmaps.find(disk, name))
+        except OSError as error:
+            raise from_os_error(error) from None
+
+    async def add_bitmap(self, disk: str, name: str, body: bytes) -> BitmapView:
+        _check_names(disk, name)
+        granularity = decode(body, AddBitmapBody).granularity
+        try:
+            return bitmap_view(await self.sessions.bitmaps.add(disk, name, granularity))
+        except OSError as error:
+            raise from_os_error(error) from error
+
+    async def clear_bitmap(self, disk: str, name: str) -> BitmapView:
+        _check_names(disk, name)
+        try:
+            return bitmap_view(await self.sessions.bitmaps.clear(disk, name))
+        except OSError as error:
+            raise from_os_error(error) from error
+
+    async def merge_bitmap(self, disk: str, name: str, body: bytes) -> BitmapView:
+        """Merge the body's into that of the call."""
+        _check_names(disk, name)
+        source = decode(body, MergeBody).source
+        try:
+            return bitmap_view(await self.sessions.bitmaps.merge(disk, source, name))
+        except OSError as error:
+            raise from_os_error(error) from error
+
+    async def remove_bitmap(self, disk: str, name: str) -> None:
+        _check_names(disk, name)
+        try:
+            await self.sessions.bitmaps.remove(disk, name)
+        except OSError as error:
+            raise from_os_error(error) from error
+
+
+def _check_names(disk: str, bitmap: str) -> None:
+    check_name(disk, "a disk")
+    check_name(bitmap, "a bitmap")

@@ -14,17 +14,21 @@ import msgspec
 
 from fleecenbd.server.control import bodies
 from fleecenbd.server.names import NAME_LENGTH_MAX
-from fleecenbd.server.views import DiskView, SessionView
+from fleecenbd.server.views import BitmapView, DiskView, SessionView
 
 _REF = "#/components/schemas/{name}"
 _TYPES: tuple[Any, ...] = (
+    bodies.AddBitmapBody,
     bodies.AddDiskBody,
     bodies.BeginAnswer,
     bodies.BeginBody,
+    bodies.BitmapList,
     bodies.Disks,
     bodies.Error,
+    bodies.MergeBody,
     bodies.SessionList,
     bodies.Status,
+    BitmapView,
     DiskView,
     SessionView,
 )
@@ -67,6 +71,50 @@ CALLS = (
         "Serve a disk no more: it is synced and closed. Not while a client or a session needs it",
         {204: ""},
         (400, 404, 409, 500),
+    ),
+    _Call(
+        "get",
+        "/v1/disks/{disk}/bitmaps",
+        "The recording bitmaps of a disk",
+        {200: "BitmapList"},
+        (400, 404),
+    ),
+    _Call(
+        "get",
+        "/v1/disks/{disk}/bitmaps/{bitmap}",
+        "One bitmap",
+        {200: "BitmapView"},
+        (400, 404),
+    ),
+    _Call(
+        "put",
+        "/v1/disks/{disk}/bitmaps/{bitmap}",
+        "Add a bitmap, which records from now on",
+        {201: "BitmapView"},
+        (400, 404, 408, 409, 413, 422, 500, 507),
+        body="AddBitmapBody",
+    ),
+    _Call(
+        "delete",
+        "/v1/disks/{disk}/bitmaps/{bitmap}",
+        "Remove a bitmap. Not while a session that resets it is not finished",
+        {204: ""},
+        (400, 404, 409, 500, 507),
+    ),
+    _Call(
+        "post",
+        "/v1/disks/{disk}/bitmaps/{bitmap}/clear",
+        "Forget what has changed until now",
+        {200: "BitmapView"},
+        (400, 404, 409, 422, 500, 507),
+    ),
+    _Call(
+        "post",
+        "/v1/disks/{disk}/bitmaps/{bitmap}/merge",
+        "Add what another bitmap of the disk says to this one",
+        {200: "BitmapView"},
+        (400, 404, 408, 409, 413, 422, 500, 507),
+        body="MergeBody",
     ),
     _Call(
         "get",
@@ -126,6 +174,7 @@ def document() -> dict[str, Any]:
 def _operation(call: _Call) -> dict[str, Any]:
     words = re.findall(r"\{(\w+)\}", call.path)
     last = call.path.rsplit("/", 1)[-1].strip("{}").replace(".json", "")
+    last = f"{last}_bitmap" if last in ("clear", "merge") else last
     operation: dict[str, Any] = {
         "operationId": f"{call.method}_{last}",
         "summary": call.summary,
@@ -155,7 +204,10 @@ def _operation(call: _Call) -> dict[str, Any]:
         operation["parameters"] = [*parameters, *call.query]
     if call.body:
         # A begin may be asked for with all its defaults.
-        operation["requestBody"] = {"required": call.body != "BeginBody", **_json(call.body)}
+        operation["requestBody"] = {
+            "required": call.body not in ("BeginBody", "AddBitmapBody"),
+            **_json(call.body),
+        }
     return operation
 
 
