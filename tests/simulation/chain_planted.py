@@ -21,21 +21,18 @@ RECORDING = (
         "recording bits are set after a write in one step",
         "disk",
         (
-            "        self._note_begin([(offset, len(data))])\n"
-            "        try:\n"
-            "            written = self.device.pwrite_now(offset, data)\n",
-            "        try:\n"
-            "            written = self.device.pwrite_now(offset, data)\n"
-            "            self._note_begin([(offset, len(data))])\n",
+            "        self._record(offset, len(data))\n        stamps = self._stamps\n",
+            "        stamps = self._stamps\n",
+        ),
+        (
+            "        self.writes += written\n",
+            "        self._record(offset, len(data))\n        self.writes += written\n",
         ),
     ),
     _bug(
         "a write records its first cluster only",
         "disk",
-        (
-            "bits[offset >> shift : ((offset + length - 1) >> shift) + 1] = 1",
-            "bits[offset >> shift] = 1",
-        ),
+        ("bits[first : last + 1] = 1", "bits[first] = 1"),
     ),
     _bug(
         "a discard is not recorded",
