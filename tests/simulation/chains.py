@@ -471,7 +471,8 @@ def _killer(seed: int, life: int) -> Killer:
             ("failure", 3, 24),
             ("store", 400, 1),
             ("clear", 40, 3),
-            ("clear", 40, 3),
+            ("release", 16, 2),
+            ("release", 16, 2),
         )
     )
     return Killer(event, rng.randint(1, numbers), rng.randint(1, points), rng)

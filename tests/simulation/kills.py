@@ -31,6 +31,8 @@ class Killer:
         self._number = number
         self._points = points
         self._counting = False
+        self._cleared: Any = None
+        """The range of the last store, if it was cleared."""
         self.rng = rng
         self.on_kill: Callable[[], None] | None = None
 
@@ -40,11 +42,16 @@ class Killer:
             self._number -= 1
             self._counting = self._number <= 0
 
-    def stores(self, value: Any) -> bool:
-        """A store comes: does the kill fall before it?"""
+    def stores(self, key: Any, value: Any) -> bool:
+        """A store comes: does the kill fall before it?
+
+        The same range cleared twice running, in two bitmaps, is a release.
+        """
         self.event("store")
-        if isinstance(value, int) and not value:
-            self.event("clear")
+        cleared = key if isinstance(value, int) and not value else None
+        if cleared is not None:
+            self.event("release" if cleared == self._cleared else "clear")
+        self._cleared = cleared
         return self.due()
 
     def due(self) -> bool:
@@ -80,7 +87,7 @@ class StoredBits(bitarray):
         return bits
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if self.stored and _killer is not None and _killer.stores(value):
+        if self.stored and _killer is not None and _killer.stores(key, value):
             if isinstance(key, slice) and _killer.rng.random() < 0.5:
                 start, stop, _ = key.indices(len(self))
                 if start < stop:

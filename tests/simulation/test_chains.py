@@ -12,6 +12,8 @@ from .planted import PLANTED, PlantedBug
 
 CHUNKS = 4
 SEEDS_PER_CHUNK = 40
+SEEDS_MAX = 400
+"""Seeds in which a planted bug must be caught."""
 PER_SEED = {
     "kills": 0.7,
     "kills between finish and its commit": 0.2,
@@ -69,7 +71,7 @@ def test_a_seed_replays_the_same_lives() -> None:
 @pytest.mark.parametrize("bug", CHAIN_PLANTED, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_caught(bug: PlantedBug, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("CRITICAL")
-    catch = mutations.hunt(bug, of=chains.run)
+    catch = mutations.hunt(bug, seeds_max=SEEDS_MAX, of=chains.run)
     assert catch.violation is not None, f"{bug.name}: not caught in {catch.seeds} seeds"
 
 
