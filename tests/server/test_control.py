@@ -402,7 +402,9 @@ async def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.M
         slow.close()
 
 
-async def test_what_is_no_http_is_answered_and_nobody_is_hurt() -> None:
+async def test_what_is_no_http_is_answered_and_nobody_is_hurt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with controlled() as control:
         stranger = control.connect()
         loop = asyncio.get_running_loop()
@@ -411,6 +413,7 @@ async def test_what_is_no_http_is_answered_and_nobody_is_hurt() -> None:
             assert b" 400 " in await loop.sock_recv(stranger, 1000)
         stranger.close()
         assert await control.get("sessions") == {"sessions": []}
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_who_changes_something_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -232,8 +232,12 @@ async def make_runner(
     app.router.add_routes([_metrics_route(Metrics(calls.sessions))])
     if not metrics_only:
         app.router.add_routes(_Handlers(calls, events).routes())
+    # What a client sends that is no HTTP is answered, and no error of ours; those are logged here.
+    quiet = logging.getLogger(f"{__name__}.http")
+    quiet.setLevel(logging.CRITICAL)
     runner = web.AppRunner(
         app,
+        logger=quiet,
         handle_signals=False,
         access_log=None,
         keepalive_timeout=KEEP_ALIVE_S,
