@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import importlib
 import logging
 import os
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING
 
 from fleecenbd.cli.endpoints import PRIVATE, Endpoint
 from fleecenbd.cli.errors import CommandError, reason
@@ -18,14 +22,21 @@ from fleecenbd.cli.places import default_control
 from fleecenbd.cli.values import DiskSpec, parse_disk
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.session import MakeTemp
-from fleecenbd.server.control_socket import ControlSocket
 from fleecenbd.server.guest_records import GuestRecords
+from fleecenbd.server.listeners import Listeners
 from fleecenbd.server.server import Server
-from fleecenbd.server.sessions import Sessions
 from fleecenbd.server.sockets import listen_tcp, listen_unix
 from fleecenbd.storage.pool import ThreadPool
 
+if TYPE_CHECKING:
+    from fleecenbd.server.control_socket import ControlSocket
+    from fleecenbd.server.sessions import Sessions
+
 logger = logging.getLogger(__name__)
+
+
+EARLY_MAX = 64
+"""Clients that may wait for the imports."""
 
 
 class ServerPlaces:
@@ -93,11 +104,18 @@ class Control:
     def __init__(self, options: ServeOptions, handed: Handed) -> None:
         self.path: str | None = None
         """Of the socket that was made, absolute."""
-        self.sessions: Sessions | None = None
         self._options = options
         self._sockets = list(handed.controls)
         self._metrics: list[socket.socket] = []
-        self._running: list[ControlSocket] = []
+        self._server: Server | None = None
+        self._places: ServerPlaces | None = None
+        self._sessions: Sessions | None = None
+        self._listeners = Listeners()
+        self._running: dict[bool, ControlSocket] = {}
+        """For all calls, and for metrics only."""
+        self._early: list[tuple[socket.socket, bool]] = []
+        """Clients that came before it was imported."""
+        self._importing: asyncio.Task[None] | None = None
 
     def open(self, endpoints: Sequence[Endpoint], files: ExitStack) -> None:
         """Bind and listen; ``files`` gets what removes the socket's file. Raises CommandError."""
@@ -130,16 +148,67 @@ class Control:
         self._sockets.append(listener.socket)
         self.path = os.path.abspath(path)
 
-    def start(self, server: Server, places: ServerPlaces) -> Sessions:
-        """Let clients in."""
-        sessions = self.sessions = Sessions(server, places)
-        hooks = self._options.hooks
-        for sockets, metrics_only in ((self._sockets, False), (self._metrics, True)):
-            for sock in sockets:
-                running = ControlSocket(server, sessions, places, hooks, metrics_only=metrics_only)
-                running.listen(sock)
-                self._running.append(running)
-        return sessions
+    def start(self, server: Server, places: ServerPlaces) -> None:
+        """Let clients in. What is behind is imported when the first one comes, in a thread, so
+        that a server nobody controls starts as if it could not be controlled; or now, where a
+        session has a time to live."""
+        self._server, self._places = server, places
+        for sock in self._sockets:
+            self._listeners.add(sock, partial(self._arrived, metrics_only=False))
+        for sock in self._metrics:
+            self._listeners.add(sock, partial(self._arrived, metrics_only=True))
+        if self._options.ttl_s is not None or self._options.idle_ttl_s is not None:
+            self._make()
+
+    def _arrived(self, sock: socket.socket, *, metrics_only: bool) -> None:
+        if self._running:
+            self._running[metrics_only].arrive(sock)
+        elif len(self._early) >= EARLY_MAX:
+            sock.close()
+        else:
+            self._early.append((sock, metrics_only))
+            if self._importing is None:
+                self._importing = asyncio.get_running_loop().create_task(
+                    self._import(), name="control"
+                )
+
+    async def _import(self) -> None:
+        pool = ThreadPool("control", "import", size_max=1)
+        try:
+            for module in ("fleecenbd.server.control_socket", "fleecenbd.server.views"):
+                await pool.run(importlib.import_module, module)
+            self._make()
+        except Exception as error:
+            logger.error("the control socket does not work", exc_info=error)
+            for sock, _ in self._early:
+                sock.close()
+            self._early.clear()
+            self._importing = None
+            return
+        finally:
+            pool.close()
+        early, self._early = self._early, []
+        for sock, metrics_only in early:
+            self._running[metrics_only].arrive(sock)
+
+    def _make(self) -> None:
+        from fleecenbd.server.control_socket import ControlSocket
+        from fleecenbd.server.sessions import Ask, Sessions
+
+        server, places, options = self._server, self._places, self._options
+        assert server is not None, "it was started"
+        assert places is not None, "it was started"
+        sessions = self._sessions = Sessions(server, places)
+        # What --begin asked for. The hooks are for guests that are connected: not for it.
+        begun = Ask(
+            options=options.session_options, ttl_s=options.ttl_s, idle_ttl_s=options.idle_ttl_s
+        )
+        for session in server.sessions.values():
+            sessions.adopt(session, begun)
+        for metrics_only in (False, True):
+            self._running[metrics_only] = ControlSocket(
+                server, sessions, places, options.hooks, metrics_only=metrics_only
+            )
 
     def tell(self) -> None:
         """Where it is, in the log."""
@@ -150,10 +219,14 @@ class Control:
 
     async def close(self) -> None:
         """Begin no more sessions, thaw what is frozen, and let nobody in any more."""
-        if self.sessions is not None:
-            await self.sessions.close()
-        for running in self._running:
+        self._listeners.close()
+        for sock in (*self._sockets, *self._metrics):
+            sock.close()
+        for sock, _ in self._early:
+            sock.close()
+        if self._importing is not None and not self._importing.done():
+            self._importing.cancel()
+        if self._sessions is not None:
+            await self._sessions.close()
+        for running in self._running.values():
             await running.close()
-        if not self._running:
-            for sock in (*self._sockets, *self._metrics):
-                sock.close()

@@ -27,7 +27,6 @@ from fleecenbd.cli.stopping import Stopping
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server.guest_records import GuestRecords
 from fleecenbd.server.server import Server
-from fleecenbd.server.sessions import Ask
 from fleecenbd.server.sockets import notify
 
 logger = logging.getLogger(__name__)
@@ -101,9 +100,7 @@ async def _serve(
         return 0
     for endpoint in endpoints:
         server.listen(endpoint.socket, backup_only=endpoint.backup_only)
-    sessions = control.start(server, ServerPlaces(server, options, endpoints, records))
-    for session in server.sessions.values():
-        sessions.adopt(session, _asked(options))
+    control.start(server, ServerPlaces(server, options, endpoints, records))
     if handed.starter is not None:
         stopping.ask_at_end_of(handed.starter)
     if options.pidfile is not None:
@@ -150,11 +147,6 @@ async def _begin(server: Server, options: ServeOptions, session: str) -> None:
         await server.begin(session, None, options.session_options, temp.make)
     except OSError as error:
         raise CommandError(f"cannot begin session {session}: {reason(error)}") from error
-
-
-def _asked(options: ServeOptions) -> Ask:
-    """What --begin has asked for; the server's own hooks are for guests that are connected."""
-    return Ask(options=options.session_options, ttl_s=options.ttl_s, idle_ttl_s=options.idle_ttl_s)
 
 
 def _tell_addresses(options: ServeOptions, endpoints: Sequence[Endpoint]) -> None:

@@ -80,7 +80,7 @@ class ControlSocket:
 
     def listen(self, sock: socket.socket) -> None:
         """Let clients in on a bound, listening socket, which is ours from now on."""
-        self._listeners.add(sock, self._arrive)
+        self._listeners.add(sock, self.arrive)
 
     @property
     def connections(self) -> int:
@@ -90,7 +90,8 @@ class ControlSocket:
 
     # -- arrival ---------------------------------------------------------------------------
 
-    def _arrive(self, sock: socket.socket) -> None:
+    def arrive(self, sock: socket.socket) -> None:
+        """A client has connected."""
         sock.setblocking(False)
         self._forget_closed()
         if len(self._connections) >= CONNECTIONS_MAX and not self._drop_idle():

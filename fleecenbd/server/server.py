@@ -79,7 +79,7 @@ class Server:
         self._turns = Turns()
         self._polls = self.clients.limits.poll_s > 0 and polling_pays()
         self._accepting: set[asyncio.Task[object]] = set()
-        self._stopping = False
+        self.stopping = False
         self._guest_records = guest_records
         self.clients.came = partial(self._tell_client, events.CLIENT_CAME)
         self.clients.went = partial(self._tell_client, events.CLIENT_WENT)
@@ -98,7 +98,7 @@ class Server:
 
     def _guest_left(self, export: GuestExport) -> None:
         # One that the server leaves may come back to the next server.
-        if not self._stopping:
+        if not self.stopping:
             assert self._guest_records is not None, "it is told only then"
             self._guest_records.left(export.disk.device.name)
 
@@ -108,7 +108,7 @@ class Server:
         """Serve a disk. Raises OSError(EEXIST) if its name is taken."""
         if disk.name in self.disks:
             raise OSError(errno.EEXIST, f"there is a disk called {disk.name} already")
-        if self._stopping:
+        if self.stopping:
             raise OSError(errno.ESHUTDOWN, f"disk {disk.name} cannot come: the server is stopping")
         self.disks[disk.name] = disk
         # Readers of what nobody writes are in nobody's way.
@@ -211,7 +211,7 @@ class Server:
             )
         finally:
             del self._beginning[name]
-        if self._stopping:
+        if self.stopping:
             session.finish(failed=True)
             raise OSError(errno.ESHUTDOWN, f"session {name} cannot begin: the server is stopping")
         self.sessions[name] = session
@@ -374,7 +374,7 @@ class Server:
             logger.error("%s could not be synced: %s", disk.device.name, error.strerror)
 
     def _stop_listening(self) -> None:
-        self._stopping = True
+        self.stopping = True
         self._listeners.close()
         self.events.end()
 

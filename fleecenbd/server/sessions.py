@@ -249,7 +249,8 @@ class Sessions:
         self._known[session.name] = known
         self._watch.start()
         for fleece in session.fleeces:
-            self._writes[fleece.disk] = fleece.disk.writes
+            # One that is not of our making began with the server: before the first guest write.
+            self._writes[fleece.disk] = fleece.disk.writes if begun is not None else 0
         if ask.ttl_s is not None:
             left = session.armed_at + ask.ttl_s - time.time()
             known.timers["ttl"] = loop.call_later(
@@ -281,6 +282,8 @@ class Sessions:
 
     def _ends(self, session: Session, failed: bool) -> None:
         """The server ends a session, whoever asked for it."""
+        if self._server.stopping:
+            return  # nobody will ask
         view = self._view(session, lambda export: ())  # they lead nowhere any more
         result = "failed" if failed else "success"
         self.results[result] += 1

@@ -300,19 +300,31 @@ def test_metrics_are_served_over_tcp_and_nothing_else(tmp_path: Path) -> None:
             urllib.request.urlopen(told[1].replace("/metrics", "/v1/status"), timeout=TIMEOUT_S)
 
 
+def test_the_server_s_hooks_are_not_for_the_session_of_the_start(tmp_path: Path, out: Out) -> None:
+    image = tmp_path / "vm.raw"
+    image.write_bytes(bytes(1 << 20))
+    command = (FLEECENBD, "serve", image, "-U", "f.sock", "--state-dir", "state", "--begin", "n")
+    with started(tmp_path, *command, "--freeze-cmd", "exit 1"):
+        assert "active" in out("session", "show", "n", "--control", "f.sock.control")
+
+
 def test_a_session_of_the_start_can_be_finished_and_has_its_ttl(tmp_path: Path, out: Out) -> None:
     image = tmp_path / "vm.raw"
     image.write_bytes(bytes(1 << 20))
     command = (FLEECENBD, "serve", image, "-U", "f.sock", "--state-dir", "state", "--begin", "n")
-    with started(tmp_path, *command, "--ttl", "1000", "--freeze-cmd", "exit 1"):
+    with started(tmp_path, *command, "--ttl", "1000"):
         control = ("--control", "f.sock.control")
+        with connected(f"nbd+unix:///vm?socket={tmp_path}/f.sock") as guest:
+            guest.pwrite(b"x", 0)
+            out("session", "begin", "m", *control)  # and warns of nothing
+        out("session", "finish", "m", *control)
         seen = json.loads(out("session", "show", "n", "--json", *control))
         assert (seen["state"], seen["ttl"]) == ("active", 1000)
         out("session", "finish", "n", *control)
         assert [
             session["result"]
             for session in json.loads(out("session", "list", "--json", *control))["sessions"]
-        ] == ["success"]
+        ] == ["success", "success"]
 
 
 def test_bitmaps_from_the_first_full_backup_to_the_next_increment(
