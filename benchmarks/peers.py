@@ -67,7 +67,8 @@ class Server:
         for pid in self.pids:
             for entry in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(FileNotFoundError):  # closed since the folder was listed
-                    if os.readlink(entry).endswith(" (deleted)"):
+                    name = os.readlink(entry)
+                    if name.endswith(" (deleted)") or "/files/temp-" in name:
                         status = entry.stat()
                         used[status.st_dev, status.st_ino] = status.st_blocks * 512
         return sum(used.values())

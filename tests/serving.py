@@ -80,12 +80,14 @@ class Serving:
         return sorted(names)
 
     def temp_bytes(self) -> int:
-        """The space that files without a name take: temp images are the only ones (procfs)."""
+        """The space that open temp images take: files of their own below the state directory, or
+        files without a name, and there are no others (procfs)."""
         folder = Path(f"/proc/{self.pid}/fd")
         used = {}
         for entry in folder.iterdir():
             try:
-                if os.readlink(entry).endswith(" (deleted)"):
+                name = os.readlink(entry)
+                if name.endswith(" (deleted)") or "/files/temp-" in name:
                     status = entry.stat()
                     used[status.st_dev, status.st_ino] = status.st_blocks * 512
             except FileNotFoundError:  # closed since the folder was listed

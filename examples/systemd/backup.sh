@@ -38,7 +38,7 @@ trap 'exit 143' TERM
 
 echo 'SESSION="--begin nightly"' >"$conf"
 systemctl restart "fleecenbd@$vm" # Type=notify: returns when the session can be read
-# It has been read. A server that crashes from now on comes back without a session, and the backup
-# fails: none is made of two points in time.
+# It has been read. A server that crashes from now on comes back with the session as it was, of the
+# same moment; with another one (--begin) it never does: no backup is made of two points in time.
 rm "$conf"
 "$(dirname "$0")/../backup-nbdcopy.sh" "nbd+unix:///$disk@nightly?socket=$run/backup.sock" "$target"

@@ -18,11 +18,13 @@ from fleecenbd.cli.command import StrictCommand
 from fleecenbd.cli.control_commands import add_commands
 from fleecenbd.cli.control_options import (
     ControlPath,
+    EndSessions,
     FreezeCommand,
     HookTimeout,
     IdleTtl,
     MetricsAddress,
     ThawCommand,
+    TrustOffline,
     Ttl,
 )
 from fleecenbd.cli.endpoints import DEFAULT_PORT
@@ -56,7 +58,9 @@ Serve disks, and point-in-time images of them, over NBD.
 A disk is served to its guest under its name. With --begin, it is also served under \
 DISK@SESSION as it was at that moment, for a backup to read and to TRIM.
 
-Stop it with SIGTERM or Ctrl-C: what guests have been promised is on the disk, and sessions end.
+Stop it with SIGTERM or Ctrl-C: what guests have been promised is on the disk. Sessions go on when \
+it is started again, and so they do after kill -9; with --run, --single, or a client that starts \
+the server for itself, they end with it.
 """
 
 EXAMPLES = """
@@ -205,7 +209,8 @@ def _serve(
             rich_help_panel=SESSION,
             show_default=False,
             help="Begin a session over all disks before the first client is let in: "
-            "DISK@SESSION is the disk as it was then.",
+            "DISK@SESSION is the disk as it was then. One of this name that the last server left "
+            "goes on.",
         ),
     ] = None,
     state_dir: Annotated[
@@ -214,8 +219,9 @@ def _serve(
             metavar="DIR",
             rich_help_panel=SESSION,
             show_default=False,
-            help="Where temp images are kept. Default: fleecenbd in $XDG_STATE_HOME or "
-            "~/.local/state; /var/lib/fleecenbd for root.",
+            help="Where temp images and bitmaps are kept, so that a server started again goes on "
+            "with them; one server's alone. Default: a folder of its own for each socket, below "
+            "fleecenbd in $XDG_STATE_HOME or ~/.local/state; below /var/lib/fleecenbd for root.",
         ),
     ] = None,
     temp_limit: Annotated[
@@ -262,6 +268,8 @@ def _serve(
     freeze_cmd: FreezeCommand = None,
     thaw_cmd: ThawCommand = None,
     hook_timeout: HookTimeout = None,
+    end_sessions: EndSessions = False,
+    trust_offline: TrustOffline = None,
     default_export: Annotated[
         str | None,
         typer.Option(
@@ -357,6 +365,8 @@ def _serve(
             freeze_cmd=freeze_cmd,
             thaw_cmd=thaw_cmd,
             hook_timeout=hook_timeout,
+            end_sessions=end_sessions,
+            trust_offline=trust_offline,
             default_export=default_export,
             read_only=read_only,
             shared=shared,

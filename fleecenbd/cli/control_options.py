@@ -83,3 +83,23 @@ IdleTtl = Annotated[
         help="Finish it, as failed, this long after the last request to its exports.",
     ),
 ]
+EndSessions = Annotated[
+    bool,
+    typer.Option(
+        "--end-sessions",
+        rich_help_panel="How long the session lives",
+        help="At SIGTERM end all sessions, as failed. Default: they go on when the server is "
+        "started again.",
+    ),
+]
+TrustOffline = Annotated[
+    str | None,
+    typer.Option(
+        "--trust-offline",
+        metavar="DISK[,DISK]...",
+        rich_help_panel="How long the session lives",
+        show_default=False,
+        help="Nobody else writes to these block devices while no server has them: bitmaps and "
+        "sessions over them go on after a restart. (A block device cannot tell.)",
+    ),
+]

@@ -8,7 +8,7 @@ import importlib
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
@@ -157,7 +157,12 @@ class Control:
             self._listeners.add(sock, partial(self._arrived, metrics_only=False))
         for sock in self._metrics:
             self._listeners.add(sock, partial(self._arrived, metrics_only=True))
-        if self._options.ttl_s is not None or self._options.idle_ttl_s is not None:
+        lives: list[Mapping[str, object]] = [
+            {"ttl_s": self._options.ttl_s, "idle_ttl_s": self._options.idle_ttl_s}
+        ]
+        if server.store is not None:
+            lives += server.store.extras.values()
+        if any(life.get(name) is not None for life in lives for name in ("ttl_s", "idle_ttl_s")):
             self._make()
 
     def _arrived(self, sock: socket.socket, *, metrics_only: bool) -> None:
@@ -192,8 +197,9 @@ class Control:
             self._running[metrics_only].arrive(sock)
 
     def _make(self) -> None:
+        from fleecenbd.server.asks import Ask, ask_of
         from fleecenbd.server.control_socket import ControlSocket
-        from fleecenbd.server.sessions import Ask, Sessions
+        from fleecenbd.server.sessions import Sessions
 
         server, places, options = self._server, self._places, self._options
         assert server is not None, "it was started"
@@ -204,7 +210,8 @@ class Control:
             options=options.session_options, ttl_s=options.ttl_s, idle_ttl_s=options.idle_ttl_s
         )
         for session in server.sessions.values():
-            sessions.adopt(session, begun)
+            extra = server.store.extras.get(session.name) if server.store is not None else None
+            sessions.adopt(session, begun if extra is None else ask_of(session, extra))
         for metrics_only in (False, True):
             self._running[metrics_only] = ControlSocket(
                 server, sessions, places, options.hooks, metrics_only=metrics_only

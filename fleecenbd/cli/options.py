@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +26,13 @@ class ServeOptions:
     state_directory: Path | None = None
     guests_directory: Path | None = None
     """Where it is noted which guests are connected; None: nowhere."""
+    lasts: bool = False
+    """Bitmaps and sessions outlive the server."""
+    state_given: bool = False
+    """The state directory is this server's alone: it was asked for."""
+    end_sessions: bool = False
+    trust_offline: frozenset[str] = frozenset()
+    """Names of disks whose block devices nobody else writes to while we are away."""
     session: str | None = None
     session_options: SessionOptions = field(default_factory=SessionOptions)
     ttl_s: float | None = None
@@ -80,6 +87,19 @@ def check_default_export(options: ServeOptions) -> None:
             f"--default-export: there will be no export called {options.default_export!r}; "
             f"there will be {', '.join(options.exports)}"
         )
+
+
+def parse_trust_offline(given: str | None, disks: Sequence[DiskSpec]) -> frozenset[str]:
+    """The names of --trust-offline. Raises UsageError for one that is no disk's."""
+    names = frozenset(given.split(",")) if given is not None else frozenset()
+    known = [disk.name for disk in disks]
+    for name in sorted(names):
+        if name not in known:
+            raise UsageError(
+                f"--trust-offline: there will be no disk called {name!r}; "
+                f"there will be {', '.join(known)}"
+            )
+    return names
 
 
 def refuse_together(given: dict[str, bool], why: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -73,6 +75,17 @@ def state_directory(given: str | None) -> Path:
     if given is not None:
         return Path(given)
     return default_state_directory(os.environ, os.geteuid())
+
+
+def servers_directory(base: Path, address: str) -> Path:
+    """The part of a default state directory that belongs to the server at one address.
+
+    ``address``: where guests reach it, and will reach it again; no two live servers share it.
+    The name says which it is to a person, and its end to nobody but us.
+    """
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", address).strip("-.")[-40:]
+    digest = hashlib.sha256(os.fsencode(address)).hexdigest()[:12]
+    return base / "servers" / f"{stem}-{digest}"
 
 
 def guests_directory(given: str | None) -> Path | None:

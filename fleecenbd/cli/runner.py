@@ -1,7 +1,8 @@
 """A server's life: sockets, session, ready; until it is asked to stop; and down again.
 
-    bind ▶ begin the session ▶ let clients in ▶ pidfile, READY=1 ▶ ... ▶ STOPPING=1
-         ▶ socket files go ▶ requests in flight end, images are synced ▶ exit status
+    bind ▶ take up what the last server left ▶ begin the session ▶ let clients in
+         ▶ pidfile, READY=1 ▶ ... ▶ STOPPING=1
+         ▶ socket files go ▶ requests in flight end, images and state are synced ▶ exit status
 
 Whatever fails on the way up goes the same way down.
 """
@@ -21,6 +22,7 @@ from fleecenbd.cli.endpoints import Endpoint, open_endpoints
 from fleecenbd.cli.errors import CommandError, reason
 from fleecenbd.cli.handed import NOTHING_HANDED, Handed
 from fleecenbd.cli.images import TempDirectory
+from fleecenbd.cli.lasting import take_up
 from fleecenbd.cli.options import ServeOptions
 from fleecenbd.cli.pidfile import pidfile
 from fleecenbd.cli.stopping import Stopping
@@ -50,6 +52,7 @@ async def run_server(
         shared=options.shared,
         read_only=options.read_only,
         guest_records=records,
+        end_sessions=options.end_sessions,
     )
     for disk in disks:
         server.add_disk(disk)
@@ -93,6 +96,8 @@ async def _serve(
     endpoints = handed.endpoints or []
     if options.addresses is not None:
         endpoints = open_endpoints(options.addresses, files)
+    if options.lasts and not await _unless_asked(stopping, take_up(server, options, handed)):
+        return 0
     control.open(endpoints, files)
     if options.session is not None and not await _unless_asked(
         stopping, _begin(server, options, options.session)
@@ -140,13 +145,43 @@ async def _unless_asked(stopping: Stopping, work: Coroutine[Any, Any, None]) -> 
 
 
 async def _begin(server: Server, options: ServeOptions, session: str) -> None:
+    if session in server.sessions and _goes_on(server, session):
+        return
     directory = options.state_directory
     assert directory is not None, "a session needs a state directory"
     try:
         temp = TempDirectory(directory, session)
+        if server.store is not None:
+            server.store.extras[session] = {
+                "all_disks": True,
+                "ttl_s": options.ttl_s,
+                "idle_ttl_s": options.idle_ttl_s,
+            }
         await server.begin(session, None, options.session_options, temp.make)
     except OSError as error:
         raise CommandError(f"cannot begin session {session}: {reason(error)}") from error
+
+
+def _goes_on(server: Server, name: str) -> bool:
+    """Whether --begin's session, which the last server left, is the one that is asked for.
+
+    A broken one is finished, as failed: whoever starts the server by a fixed command line wants a
+    session, and that one can no longer be read. Raises CommandError for other disks.
+    """
+    session = server.sessions[name]
+    if session.state == "broken":
+        server.finish(name, failed=True)
+        logger.warning("session %s is begun anew: the last server's is broken", name)
+        return False
+    disks = [fleece.disk.name for fleece in session.fleeces]
+    if set(disks) != set(server.disks):
+        raise CommandError(
+            f"cannot begin session {name}: the last server left one of this name over "
+            f"{', '.join(disks)}, and now there are {', '.join(server.disks)}; start without "
+            f"--begin and finish it (fleecenbd session finish {name}), or begin another name"
+        )
+    logger.info("session %s is not begun anew: it goes on (--begin)", name)
+    return True
 
 
 def _tell_addresses(options: ServeOptions, endpoints: Sequence[Endpoint]) -> None:

@@ -18,6 +18,7 @@ from fleecenbd.cli.options import (
     choose_addresses,
     choose_hooks,
     choose_session_options,
+    parse_trust_offline,
     refuse_empty,
     refuse_together,
 )
@@ -45,6 +46,7 @@ def serve(words: ServeWords) -> int:
             "--state-dir": words.state_dir,
             "--control": words.control,
             "--pidfile": words.pidfile,
+            "--trust-offline": words.trust_offline,
         }
     )
     session_given = {
@@ -99,14 +101,18 @@ def serve(words: ServeWords) -> int:
         }
         refuse_together(hooks_given, "without a control socket (--control)")
     own_client = words.single or starter is not None or words.run is not None
+    lasts = not own_client
+    disks = values.parse_disks(words.disk)
+    # A guest needs no state: where there is no place for it by default, nothing lasts.
+    needs_state = words.begin is not None or words.state_dir is not None
     options = ServeOptions(
-        disks=values.parse_disks(words.disk),
+        disks=disks,
         addresses=addresses,
-        state_directory=(
-            guests_directory(words.state_dir)
-            if words.begin is None
-            else state_directory(words.state_dir)
-        ),
+        state_directory=state_directory(words.state_dir) if needs_state else guests_directory(None),
+        lasts=lasts,
+        state_given=words.state_dir is not None,
+        end_sessions=words.end_sessions,
+        trust_offline=parse_trust_offline(words.trust_offline, disks),
         guests_directory=None if own_client else guests_directory(words.state_dir),
         session=words.begin,
         session_options=choose_session_options(

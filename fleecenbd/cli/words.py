@@ -43,6 +43,8 @@ class ServeWords:
     freeze_cmd: str | None = None
     thaw_cmd: str | None = None
     hook_timeout: str | None = None
+    end_sessions: bool = False
+    trust_offline: str | None = None
     default_export: str | None = None
     read_only: bool = False
     shared: str = "1"

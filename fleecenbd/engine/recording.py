@@ -159,13 +159,8 @@ def merge_bits(source: Bitmap, target: Bitmap) -> None:
     target.bits[: target.clusters] |= scaled(source, target.cluster_size)
 
 
-def clear(bitmap: RecordingBitmap) -> None:
-    """Forget what has changed until now; the bitmap then belongs to no session's chain.
-
-    For a bitmap that records, ``Disk.clear_bitmap``: it keeps the writes in flight.
-
-    Raises OSError: EBUSY, EINVAL when it is lost.
-    """
+def check_clearable(bitmap: RecordingBitmap) -> None:
+    """Raises OSError: EBUSY while a session resets it, EINVAL when it is lost."""
     _check_free(bitmap, "cleared")
     if bitmap.lost is not None:
         raise OSError(
@@ -173,6 +168,16 @@ def clear(bitmap: RecordingBitmap) -> None:
             f"bitmap {bitmap.name} is lost ({bitmap.lost}): remove it and add it again, "
             "or begin a session with mode new",
         )
+
+
+def clear(bitmap: RecordingBitmap) -> None:
+    """Forget what has changed until now; the bitmap then belongs to no session's chain.
+
+    For a bitmap that records, ``Disk.clear_bitmap``: it keeps the writes in flight.
+
+    Raises OSError: EBUSY, EINVAL when it is lost.
+    """
+    check_clearable(bitmap)
     bitmap.bitmap.bits.setall(0)
     bitmap.since = None
 

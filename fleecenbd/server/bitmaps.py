@@ -11,7 +11,7 @@ import logging
 from fleecenbd.engine import recording
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.ids import random_uuid
-from fleecenbd.engine.recording import RecordingBitmap
+from fleecenbd.engine.recording import RecordingBitmap, check_removable
 from fleecenbd.engine.store import MEMORY, Store
 from fleecenbd.server.server import Server
 
@@ -68,7 +68,12 @@ class Bitmaps:
 
     async def remove(self, disk_name: str, name: str) -> None:
         """Record in it no longer. Raises ENOENT, EBUSY while a session resets it."""
-        bitmap = self._server.disk(disk_name).remove_bitmap(name)
+        # First it belongs to no chain: from its removal on it records no more, and a kill finds it
+        # described until the second commit.
+        check_removable(bitmap := self.find(disk_name, name))
+        bitmap.since = None
+        await self._store.commit()
+        self._server.disk(disk_name).remove_bitmap(name)
         try:
             await self._store.commit()
         finally:
@@ -78,8 +83,11 @@ class Bitmaps:
     async def clear(self, disk_name: str, name: str) -> RecordingBitmap:
         """Forget what has changed until now. Raises ENOENT, EBUSY, EINVAL when it is lost."""
         bitmap = self.find(disk_name, name)
-        recording.clear(bitmap)
+        recording.check_clearable(bitmap)
+        # First it belongs to no chain: a kill must not find it cleared, and still in one.
+        bitmap.since = None
         await self._store.commit()
+        self._server.disk(disk_name).clear_bitmap(name)
         logger.info("bitmap %s of %s: cleared", name, disk_name)
         return bitmap
 

@@ -1,10 +1,4 @@
-"""The server: disks, sessions, listening sockets; and how it stops.
-
-Stopping must not be felt by a guest beyond a pause: requests in flight end, images are synced,
-and guest connections are *closed* without a reply to what else they sent. ESHUTDOWN is never sent
-on a guest export: QEMU hands it to the guest as an I/O error, while it repeats all that a closed
-connection left unanswered once it has reconnected. (docs/semantics.md, section 9)
-"""
+"""The server: disks, sessions, listening sockets."""
 
 from __future__ import annotations
 
@@ -13,35 +7,34 @@ import errno
 import logging
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.recording import BitmapRequest
 from fleecenbd.engine.session import MakeTemp, Session, SessionOptions, arm
-from fleecenbd.engine.store import MEMORY, Store
+from fleecenbd.engine.store import MEMORY
 from fleecenbd.nbd.errors import shown_name
 from fleecenbd.server import client_sockets, events
 from fleecenbd.server.catalog import Exports
 from fleecenbd.server.clients import Client, Clients
 from fleecenbd.server.connection import Connection
+from fleecenbd.server.ending import STOP_DEADLINE_S, stop_server
 from fleecenbd.server.exports import Export, FleecingExport, GuestExport
 from fleecenbd.server.guest_records import GuestRecords
 from fleecenbd.server.limits import ServerLimits
 from fleecenbd.server.listeners import Listeners
 from fleecenbd.server.polling import Poll, Turns, polling_pays
 
+if TYPE_CHECKING:
+    from fleecenbd.server.state.store import FileStore
+
 __all__ = ["Server", "ServerLimits"]
 
 logger = logging.getLogger(__name__)
-
-STOP_DEADLINE_S = 10.0
-"""Seconds that requests in flight have to end when the server stops."""
-CLOSE_DEADLINE_S = 1.0
-"""Seconds after that for the last replies to leave, and again for images to be closed."""
 
 
 class Server:
@@ -50,7 +43,8 @@ class Server:
     Must be called on the running loop's thread, whatever loop runs there. ``shared``: connections
     that a guest export admits, 0 for any number. ``default_export``: what the empty name means;
     None: it is refused, with the list of names. ``guest_records``: where it is noted which guests
-    are connected, for the next server.
+    are connected, for the next server. ``store``: where bitmaps and sessions last; None: they end
+    with the server, as they do with ``end_sessions``.
     """
 
     def __init__(
@@ -61,13 +55,15 @@ class Server:
         shared: int = 1,
         read_only: bool = False,
         guest_records: GuestRecords | None = None,
+        store: FileStore | None = None,
+        end_sessions: bool = False,
     ) -> None:
         self.disks: dict[str, Disk] = {}
         self.sessions: dict[str, Session] = {}
         self.exports = Exports(default_export)
         self.clients = Clients(limits or ServerLimits(), self.exports.find, self.exports.listed)
-        self.store: Store | None = None
-        """Where bits that outlive the server are; None: they are in memory."""
+        self.store = store
+        self.end_sessions = end_sessions
         self._shared = shared
         self.read_only = read_only
         self._beginning: dict[str, list[str]] = {}
@@ -111,6 +107,8 @@ class Server:
         if self.stopping:
             raise OSError(errno.ESHUTDOWN, f"disk {disk.name} cannot come: the server is stopping")
         self.disks[disk.name] = disk
+        if self.store is not None:
+            self.store.add_disk(disk)
         # Readers of what nobody writes are in nobody's way.
         shared = 0 if self.read_only else self._shared
         self.exports[disk.name] = GuestExport(disk, read_only=self.read_only, shared=shared)
@@ -136,6 +134,8 @@ class Server:
             client.drop("its client has gone")
         leftovers = self.clients.predecessors(export)
         del self.disks[name], self.exports[name]
+        if self.store is not None:
+            self.store.remove_disk(name)
         self.events.tell(events.DISK_REMOVED, disk=name)
         try:
             async with asyncio.timeout(STOP_DEADLINE_S):
@@ -188,7 +188,11 @@ class Server:
         bitmap: BitmapRequest | None = None,
         owner: str | None = None,
     ) -> Session:
-        """Begin a session over the disks of these names (None: all). Raises OSError."""
+        """Begin a session over the disks of these names (None: all). Raises OSError.
+
+        ``make_temp``: who makes the temp images, where there is no store that does. ``bitmap``,
+        ``owner``: as ``arm`` takes them.
+        """
         if name in self.sessions or name in self._beginning:
             raise OSError(errno.EEXIST, f"there is a session called {name} already")
         names = list(self.disks) if disks is None else list(disks)
@@ -203,7 +207,7 @@ class Server:
                 name,
                 chosen,
                 options,
-                make_temp,
+                make_temp if self.store is None else self.store.make_temp,
                 clock=time.time,
                 bitmap=bitmap,
                 store=MEMORY if self.store is None else self.store,
@@ -212,17 +216,9 @@ class Server:
         finally:
             del self._beginning[name]
         if self.stopping:
-            session.finish(failed=True)
+            self._finish(session, failed=True)
             raise OSError(errno.ESHUTDOWN, f"session {name} cannot begin: the server is stopping")
-        self.sessions[name] = session
-        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(session.armed_at))
-        for fleece in session.fleeces:
-            export = FleecingExport(
-                fleece,
-                description=f"{fleece.disk.name} as of {moment}, session {name} {session.id}",
-            )
-            self.exports[fleece.name] = export
-            fleece.state.on_dead.append(partial(self._fleece_died, fleece, export))
+        self._install(session)
         logger.info(
             "session %s %s: begun over %s; guests were held for %.1f ms",
             name,
@@ -233,13 +229,45 @@ class Server:
         self.events.tell(events.SESSION_BEGUN, session=name, id=session.id, disks=names)
         return session
 
+    def _install(self, session: Session) -> None:
+        """Offer the fleecing exports of a session."""
+        self.sessions[session.name] = session
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(session.armed_at))
+        for fleece in session.fleeces:
+            text = f"{fleece.disk.name} as of {moment}, session {session.name} {session.id}"
+            export = FleecingExport(
+                fleece, description=text if fleece.broken is None else f"{text}, broken"
+            )
+            self.exports[fleece.name] = export
+            fleece.state.on_dead.append(partial(self._fleece_died, fleece, export))
+
+    def use(self, store: FileStore) -> None:
+        """From now on bitmaps and sessions last. Before the first client is let in."""
+        self.store = store
+        for disk in self.disks.values():
+            store.add_disk(disk)
+
+    def adopt(self, session: Session) -> None:
+        """A session of the last server goes on. Before the first client is let in."""
+        self._install(session)
+        if session.state == "active":
+            disks = ", ".join(fleece.disk.name for fleece in session.fleeces)
+            logger.info("session %s %s: goes on over %s", session.name, session.id, disks)
+
+    def _finish(self, session: Session, *, failed: bool) -> None:
+        if self.store is not None:
+            self.store.before_end(session, failed=failed)
+        session.finish(failed=failed)
+        if self.store is not None:
+            self.store.end(session)
+
     def finish(self, name: str, *, failed: bool = False) -> Session:
         """End a session: its exports go, its requests get ESHUTDOWN. Raises OSError(ENOENT)."""
         session = self.session(name)
         for call in self.finishing:
             call(session, failed or session.state == "broken")
         del self.sessions[name]
-        session.finish(failed=failed)
+        self._finish(session, failed=failed)
         result = "failed" if session.failed else "success"
         names = [fleece.name for fleece in session.fleeces]
         self.exports.session_is_gone(names, f"session {name} is finished ({result})")
@@ -323,75 +351,39 @@ class Server:
     # -- stopping --------------------------------------------------------------------------
 
     async def stop(self, *, deadline_s: float = STOP_DEADLINE_S) -> bool:
-        """Stop: take no client and no request, let those in flight end, sync, close.
+        """Stop: take no client and no request, let those in flight end, sync, save, close.
 
-        Sessions end. Images are closed when their last call has ended. Returns after
-        ``deadline_s`` at the latest, plus the time that syncing takes (bounded by the same);
-        False if an image could not be synced.
+        Sessions stay where there is a store to keep them, unless ``end_sessions``. Images are
+        closed when their last call has ended. Returns after ``deadline_s`` at the latest, plus the
+        time that syncing and saving take (each bounded by the same); False if an image could not
+        be synced.
         """
-        self._stop_listening()
-        connections = list(self.clients.connections)
-        # Backups first: a guest must not wait for a session that nobody will read any more.
-        for name in list(self.sessions):
-            self.finish(name, failed=True)
-        drains = [connection.drain() for connection in connections]
-        await _within(deadline_s, [*drains, self.clients.wait_leftovers()])
-        synced: set[str] = set()
-        if not self.read_only:
-            await _within(deadline_s, [self._sync(disk, synced) for disk in self.disks.values()])
-            for disk in self.disks.values():
-                if disk.name not in synced:
-                    logger.error(
-                        "%s is not synced: what its guest wrote last may be lost with the machine",
-                        disk.device.name,
-                    )
-        for connection in connections:
-            connection.close()
-        await _within(CLOSE_DEADLINE_S, [connection.closed() for connection in connections])
-        self.abort()
-        # A hung call keeps its image open; the process's end lets go of it.
-        closes = [disk.device.wait_closed() for disk in self.disks.values()]
-        if self._guest_records is not None:
-            closes.append(self._guest_records.settle())
-        await _within(CLOSE_DEADLINE_S, closes)
-        return self.read_only or len(synced) == len(self.disks)
+        return await stop_server(self, deadline_s=deadline_s)
 
     def abort(self) -> None:
         """Stop at once: close every connection and image; calls in flight go on."""
-        self._stop_listening()
+        self.stop_listening()
         for connection in list(self.clients.connections):
             connection.abort()
-        for name in list(self.sessions):
-            self.finish(name, failed=True)
+        if self.store is None:
+            self.finish_all()
+        else:
+            self.store.close()
         for disk in self.disks.values():
             disk.device.close()
 
-    async def _sync(self, disk: Disk, synced: set[str]) -> None:
-        try:
-            await disk.flush()
-            synced.add(disk.name)
-        except OSError as error:
-            logger.error("%s could not be synced: %s", disk.device.name, error.strerror)
+    def finish_all(self) -> None:
+        """The server ends, and every session with it."""
+        for name in list(self.sessions):
+            self.finish(name, failed=True)
 
-    def _stop_listening(self) -> None:
+    def stop_listening(self) -> None:
+        """Let nobody in any more, and begin nothing."""
         self.stopping = True
         self._listeners.close()
         self.events.end()
 
-
-async def _within(deadline_s: float, waits: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Wait for all of these, ``deadline_s`` at most; what is left then is given up.
-
-    Nothing is undone by that: these only wait, and calls on devices go on.
-    """
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    if not tasks:
-        return
-    try:
-        await asyncio.wait(tasks, timeout=deadline_s)
-    finally:
-        for task in tasks:
-            task.cancel()
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(result, Exception):
-                logger.error("stopping: %r", result)
+    async def records_settled(self) -> None:
+        """Return when it is noted which guests are connected."""
+        if self._guest_records is not None:
+            await self._guest_records.settle()

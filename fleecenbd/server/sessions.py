@@ -21,13 +21,14 @@ from functools import partial
 from typing import Protocol
 
 from fleecenbd.engine.disk import Disk
-from fleecenbd.engine.recording import KEEP, USE, BitmapRequest
-from fleecenbd.engine.session import MakeTemp, Session, SessionOptions
+from fleecenbd.engine.recording import KEEP, USE
+from fleecenbd.engine.session import MakeTemp, Session
+from fleecenbd.server.asks import Ask, lasting
 from fleecenbd.server.bitmaps import Bitmaps
 from fleecenbd.server.catalog import FINISHED_MAX
 from fleecenbd.server.events import HOOK_FAILED
 from fleecenbd.server.exports import FleecingExport
-from fleecenbd.server.hooks import HOOK_TIMEOUT_S, run_hook
+from fleecenbd.server.hooks import run_hook
 from fleecenbd.server.server import Server
 from fleecenbd.server.temp_watch import TempWatch
 from fleecenbd.server.views import (
@@ -40,25 +41,6 @@ from fleecenbd.server.views import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What a begin asks for; two that are equal ask for the same.
-
-    ``disks`` None: all. ``owner``: who may ask again; None: nobody. ``freeze``, ``thaw``:
-    commands around arming; None: none.
-    """
-
-    disks: tuple[str, ...] | None = None
-    options: SessionOptions = field(default_factory=SessionOptions)
-    owner: str | None = None
-    ttl_s: float | None = None
-    idle_ttl_s: float | None = None
-    freeze: str | None = None
-    thaw: str | None = None
-    bitmap: BitmapRequest | None = None
-    hook_timeout_s: float = HOOK_TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -174,6 +156,8 @@ class Sessions:
         try:
             if ask.freeze is not None:
                 await self._hook(name, names, "freeze", ask.freeze, ask.hook_timeout_s)
+            if (store := self._server.store) is not None:
+                store.extras[name] = lasting(ask)
             session = await self._server.begin(
                 name, names, ask.options, make_temp, bitmap=ask.bitmap, owner=ask.owner
             )
@@ -279,6 +263,11 @@ class Sessions:
                     )
         self._server.finish(name, failed=failed)
         return self.finished[-1]
+
+    async def written(self) -> None:
+        """Return when every end is written down, where sessions last."""
+        if self._server.store is not None:
+            await self._server.store.settle()
 
     def _ends(self, session: Session, failed: bool) -> None:
         """The server ends a session, whoever asked for it."""

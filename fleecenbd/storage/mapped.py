@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import mmap
 import os
 import struct
@@ -73,6 +72,8 @@ class MappedFile:
         for area, length in lengths.items():
             areas[area] = (end, length)
             end += -(-length // PAGE) * PAGE
+        import json  # takes as long to import as a small part of a server to start
+
         text = json.dumps({**identity, "areas": areas}).encode()
         if len(text) > _IDENTITY_LENGTH_MAX:
             raise OSError(errno.ENAMETOOLONG, "what the file is about is too long a text", name)
@@ -182,6 +183,8 @@ def _parse(
     text = first_page[_HEAD.size : _HEAD.size + length]
     if length > _IDENTITY_LENGTH_MAX or zlib.crc32(text) != checksum:
         raise _damaged(name, "its header is damaged")
+    import json
+
     identity = json.loads(text)
     areas = {area: (start, count) for area, (start, count) in identity.pop("areas").items()}
     end = max((start + count for start, count in areas.values()), default=PAGE)

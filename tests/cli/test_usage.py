@@ -299,8 +299,8 @@ def test_a_state_directory_that_cannot_be_made_fails_the_session(fails: Fails, i
         options = ("--begin", "nightly", "--state-dir", directory)
         line = fails("serve", image, "-U", "f.sock", *options)
         assert line == (
-            "fleecenbd: cannot begin session nightly: file: there is a file of this name, which "
-            "is no folder; give another folder for temp images with --state-dir"
+            "fleecenbd: cannot use the state directory: file: there is a file of this name, which "
+            "is no folder; give another folder with --state-dir"
         )
         assert not Path("f.sock").exists()
 
@@ -313,7 +313,14 @@ def test_a_temp_image_that_cannot_be_made_names_its_folder_and_the_option(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(TempImage, "create", refuse)
+    monkeypatch.setattr(TempImage, "create_named", refuse)
     line = fails("serve", image, "-U", "f.sock", "--begin", "n", "--state-dir", "state")
+    folder = Path("state/files").absolute()
+    assert line == (
+        f"fleecenbd: cannot begin session n: {folder}: {os.strerror(number)}; give another "
+        "folder with --state-dir"
+    )
+    line = fails("serve", image, "--begin", "n", "--state-dir", "state", "--run", "true")
     assert line == (
         f"fleecenbd: cannot begin session n: state: {os.strerror(number)}; give another folder "
         "for temp images with --state-dir"

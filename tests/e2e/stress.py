@@ -60,7 +60,7 @@ def one_run(folder: Path, seed: int, *, loops: int) -> Counts:
     start = time.monotonic()
     disks = [make_disk(folder / f"{name}.raw", SIZE, seed=seed + n) for n, name in _DISKS]
     before = [copy_disk(disk, disk.with_suffix(".before")) for disk in disks]
-    with serving(folder, *disks, "--begin", "nightly") as server:
+    with serving(folder, *disks, "--begin", "nightly", "--end-sessions") as server:
         _warm_up(server)
         open_files = _kinds_of_open_files(server)
         writing = threading.Event()

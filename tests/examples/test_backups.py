@@ -193,7 +193,7 @@ def test_a_session_that_ends_during_its_backup_fails_it_though_another_has_its_n
         signals = [os.open(path, os.O_RDWR) for path in (begun, go)]
         for descriptor in signals:
             stack.callback(os.close, descriptor)
-        with serving(tmp_path, disk, "--begin", "nightly") as server:
+        with serving(tmp_path, disk, "--begin", "nightly", "--end-sessions") as server:
             backup = subprocess.Popen(
                 [*command_of("backup-session.py"), server.unix, "nightly", target],
                 env={**os.environ, "PATH": f"{wrapper.parent}:{CLIENTS_PATH}"},

@@ -213,7 +213,7 @@ def test_a_pull_never_mixes_two_sessions_of_one_name(tmp_path: Path, name: str, 
             os.mkfifo(path)
             signals.append(os.open(path, os.O_RDWR))
             stack.callback(os.close, signals[-1])
-        with serving(tmp_path, disk, "--begin", "nightly") as server:
+        with serving(tmp_path, disk, "--begin", "nightly", "--end-sessions") as server:
             pull = subprocess.Popen(
                 [*command_of(name), server.uri("vm@nightly"), target],
                 env={

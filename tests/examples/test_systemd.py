@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fleecenbd.server.server import CLOSE_DEADLINE_S, STOP_DEADLINE_S
+from fleecenbd.server.ending import CLOSE_DEADLINE_S, STOP_DEADLINE_S
 from tests.disks import MIB, copy_disk, first_difference, make_disk
 from tests.examples.conftest import EXAMPLES
 from tests.examples.units import (
@@ -88,7 +88,7 @@ def test_the_service_is_locked_up() -> None:
 
 
 def test_stopping_is_given_the_time_that_the_server_takes() -> None:
-    longest_s = 2 * STOP_DEADLINE_S + 2 * CLOSE_DEADLINE_S
+    longest_s = 3 * STOP_DEADLINE_S + 2 * CLOSE_DEADLINE_S
     assert float(setting(SERVICE, INSTANCE, "TimeoutStopSec")) >= longest_s + 10
 
 

@@ -99,7 +99,7 @@ def test_a_guest_sits_out_thirteen_restarts_with_every_fsynced_file_in_place(
     print(f"\n{kind.__name__}:")
     restarts = []
     # A session begins with each server: so the guest's writes are held up by old data, too.
-    with restarting(kind, tmp_path, disk, "--begin", "nightly") as server:
+    with restarting(kind, tmp_path, disk, "--begin", "nightly", "--end-sessions") as server:
         with booted(machine_maker(tmp_path, server.unix)) as guest:
             guest.mount()
             guest.start_writer("/again", 60)
@@ -132,7 +132,7 @@ def test_a_busy_guest_sits_out_restarts_with_many_requests_in_flight(
     disk = make_filesystem(tmp_path / "vm.raw", SIZE)
     print("\nbusy guest:")
     restarts = []
-    with restarting(HeldSocket, tmp_path, disk, "--begin", "nightly") as server:
+    with restarting(HeldSocket, tmp_path, disk, "--begin", "nightly", "--end-sessions") as server:
         with booted(machine_maker(tmp_path, server.unix)) as guest:
             guest.mount()
             guest.start_writer("/read", 24, "64k")
@@ -172,7 +172,7 @@ def test_what_was_fsynced_survives_when_the_plug_is_pulled_on_guest_and_server(
     tmp_path: Path, machine_maker: MachineMaker
 ) -> None:
     disk = make_filesystem(tmp_path / "vm.raw", SIZE)
-    with restarting(OwnSocket, tmp_path, disk, "--begin", "nightly") as server:
+    with restarting(OwnSocket, tmp_path, disk, "--begin", "nightly", "--end-sessions") as server:
         machine = machine_maker(tmp_path, server.unix)
         with booted(machine, "first") as guest:
             guest.mount()
@@ -203,7 +203,7 @@ def test_a_session_that_begins_by_a_restart_under_a_running_guest_is_one_moment(
 ) -> None:
     disk = make_filesystem(tmp_path / "vm.raw", SIZE)
     backup = tmp_path / "backup.raw"
-    with restarting(kind, tmp_path, disk, "--begin", "nightly") as server:
+    with restarting(kind, tmp_path, disk, "--begin", "nightly", "--end-sessions") as server:
         with booted(machine_maker(tmp_path, server.unix)) as guest:
             guest.mount()
             guest.start_writer("/kept", 60)
@@ -238,7 +238,7 @@ def test_a_session_that_begins_while_the_guest_is_frozen_needs_no_journal(
 ) -> None:
     disk = make_filesystem(tmp_path / "vm.raw", SIZE)
     backup = tmp_path / "backup.raw"
-    with restarting(HeldSocket, tmp_path, disk, "--begin", "nightly") as server:
+    with restarting(HeldSocket, tmp_path, disk, "--begin", "nightly", "--end-sessions") as server:
         with booted(machine_maker(tmp_path, server.unix)) as guest:
             guest.mount()
             guest.start_writer("/kept", 60)

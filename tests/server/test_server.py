@@ -10,8 +10,7 @@ import time
 import pytest
 
 from fleecenbd.engine.session import SessionOptions
-from fleecenbd.server import listeners
-from fleecenbd.server import server as server_module
+from fleecenbd.server import ending, listeners
 from fleecenbd.server.limits import ServerLimits
 from tests.nbd import wire
 from tests.server.room import SIZE, Room, pattern, room, tight
@@ -21,7 +20,7 @@ SHORT_S = 0.05
 
 @pytest.fixture
 def short_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "CLOSE_DEADLINE_S", SHORT_S)
+    monkeypatch.setattr(ending, "CLOSE_DEADLINE_S", SHORT_S)
 
 
 async def stop(served: Room, deadline_s: float = 5.0) -> float:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from fleecenbd.server import events as events_module
+from fleecenbd.server.asks import Ask
 from fleecenbd.server.events import EVENTS_LOST, HOOK_FAILED, SESSION_FINISHED, Events
 from fleecenbd.server.hooks import Hooks
-from fleecenbd.server.sessions import Ask
 from tests.nbd import wire
 from tests.server.controlled import Control, controlled
 

@@ -179,7 +179,7 @@ class _Handlers:
         return _json(*await self._calls.begin(request.match_info["session"], body))
 
     async def finish(self, request: web.Request) -> web.Response:
-        return _json(200, self._calls.finish(request.match_info["session"], request.query))
+        return _json(200, await self._calls.finish(request.match_info["session"], request.query))
 
     async def openapi(self, request: web.Request) -> web.Response:
         return web.Response(body=self._openapi, content_type="application/json")

@@ -12,6 +12,7 @@ from msgspec import UNSET
 from fleecenbd import __version__
 from fleecenbd.engine.recording import BitmapRequest
 from fleecenbd.engine.session import SessionOptions
+from fleecenbd.server.asks import Ask
 from fleecenbd.server.control.bodies import (
     AddBitmapBody,
     AddDiskBody,
@@ -27,7 +28,7 @@ from fleecenbd.server.control.bodies import (
 from fleecenbd.server.control.errors import CallError, from_os_error
 from fleecenbd.server.hooks import Hooks
 from fleecenbd.server.names import bad_name, is_name
-from fleecenbd.server.sessions import Ask, Begun, Places, Sessions
+from fleecenbd.server.sessions import Begun, Places, Sessions
 from fleecenbd.server.views import BitmapView, DiskView, SessionView, bitmap_view, own_view
 
 BodyT = TypeVar("BodyT")
@@ -161,8 +162,8 @@ class Calls:
             disks=disks,
         )
 
-    def finish(self, name: str, query: Mapping[str, str]) -> SessionView:
-        """End a session; as it was just before."""
+    async def finish(self, name: str, query: Mapping[str, str]) -> SessionView:
+        """End a session; as it was just before. Answered once it is written down."""
         check_name(name, "a session")
         result = query.get("result", "success")
         unknown = [key for key in query if key != "result"]
@@ -170,9 +171,11 @@ class Calls:
             wrong = f"{unknown[0]}=" if unknown else f"result={result}"
             raise CallError(422, f"{wrong[:40]!r} is not understood; result=success or failed is")
         try:
-            return self.sessions.finish(name, failed=result == "failed")
+            view = self.sessions.finish(name, failed=result == "failed")
         except OSError as error:
             raise from_os_error(error) from None
+        await self.sessions.written()
+        return view
 
     async def add_disk(self, name: str, body: bytes) -> DiskView:
         check_name(name, "a disk")

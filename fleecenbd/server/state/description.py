@@ -126,13 +126,6 @@ class Description(msgspec.Struct, frozen=True):
         return {name for name in names if name is not None}
 
 
-class Mark(msgspec.Struct, frozen=True):
-    """The clean mark: the last server drained, synced and saved before it ended."""
-
-    description: str
-    """SHA-256 of the description that it vouches for, in hexadecimal."""
-
-
 class Foreign(Exception):
     """The document is none of ours."""
 
@@ -171,6 +164,13 @@ def decode(document: bytes) -> Description:
         description = msgspec.json.decode(document, type=Description)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Damaged(str(error)) from None
+    units = [bitmap.granularity for bitmap in description.bitmaps]
+    for session in description.sessions:
+        for fleece in session.fleeces:
+            units += [fleece.cluster_size, fleece.temp.hole_size]
+    for unit in units:
+        if unit < 1 or unit & (unit - 1):
+            raise Damaged(f"{unit} is no power of two")
     for name in description.files():
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise Damaged(f"{name!r} is no name of a file")

@@ -2,7 +2,8 @@
 
     state.lock     locked whole by the live server, whose pid it holds
     state.json     the description (description.py), replaced by a rename
-    state.clean    the clean mark: there after a clean stop only
+    state.clean    the clean mark: the SHA-256 of the description that it vouches for; there after
+                   a clean stop only
     files/         mapped files and temp images, each under a name that is used once
     damaged/       what could not be read, set aside for whoever wants to look
 
@@ -11,6 +12,9 @@ that was killed, and so nothing is read before it is held.
 
 A rename without fsync is enough against a kill, since the page cache outlives it; a crash of the
 whole machine costs everything but what a clean mark vouches for, and that was synced.
+
+Description and mark are imported where they are needed: their library takes as long to import as
+half a server to start, and most servers find nothing, and begin nothing yet.
 """
 
 from __future__ import annotations
@@ -21,20 +25,12 @@ import logging
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import msgspec
-
-from fleecenbd.server.state.description import (
-    VERSION,
-    Damaged,
-    Description,
-    Foreign,
-    Mark,
-    Newer,
-    decode,
-    encode,
-)
 from fleecenbd.storage.mapped import lock_file
+
+if TYPE_CHECKING:
+    from fleecenbd.server.state.description import Description
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +86,10 @@ class StateDirectory:
 
     # -- the description -------------------------------------------------------------------
 
+    def has_description(self) -> bool:
+        """Whether there is one, whatever it holds."""
+        return os.path.lexists(self.path / DESCRIPTION)
+
     def read(self) -> Description | None:
         """The description; None where there is none, or it was damaged and is set aside now.
 
@@ -101,6 +101,8 @@ class StateDirectory:
             document = _read(path, DESCRIPTION_LENGTH_MAX)
         except FileNotFoundError:
             return None
+        from fleecenbd.server.state.description import VERSION, Damaged, Foreign, Newer, decode
+
         try:
             return decode(document)
         except Foreign:
@@ -129,6 +131,8 @@ class StateDirectory:
 
     def write(self, description: Description, *, durable: bool) -> str:
         """Replace the description; its SHA-256. ``durable``: not before it is on the disk."""
+        from fleecenbd.server.state.description import encode
+
         document = encode(description)
         self._replace(DESCRIPTION, document, durable=durable)
         return hashlib.sha256(document).hexdigest()
@@ -138,15 +142,15 @@ class StateDirectory:
     def is_marked(self) -> bool:
         """Whether there is a clean mark that vouches for this description."""
         try:
-            mark = msgspec.json.decode(_read(self.path / CLEAN, 1 << 16), type=Mark)
+            content = _read(self.path / CLEAN, 1 << 16)
             document = _read(self.path / DESCRIPTION, DESCRIPTION_LENGTH_MAX)
-        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+        except FileNotFoundError:
             return False
-        return mark.description == hashlib.sha256(document).hexdigest()
+        return content.decode("ascii", "replace").strip() == hashlib.sha256(document).hexdigest()
 
     def mark(self, description: str) -> None:
         """Leave the clean mark, durably. ``description``: what ``write`` returned."""
-        self._replace(CLEAN, msgspec.json.encode(Mark(description)), durable=True)
+        self._replace(CLEAN, f"{description}\n".encode(), durable=True)
 
     def unmark(self) -> None:
         """Remove the clean mark, durably: before the first guest write."""

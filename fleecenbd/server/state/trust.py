@@ -16,10 +16,13 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fleecenbd.server.state.description import DiskEntry
 from fleecenbd.storage.device import Device
 from fleecenbd.storage.file import FileDevice
+
+if TYPE_CHECKING:
+    from fleecenbd.server.state.description import DiskEntry
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

@@ -1,0 +1,34 @@
+"""Which files hold what, by name; and what is kept for disks that are not served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from fleecenbd.server.state.description import BitmapEntry, DiskEntry, TempEntry
+
+
+Extra: TypeAlias = dict[str, str | int | float | bool | None]
+"""What else is to be known of a session after a restart."""
+
+
+@dataclass
+class Names:
+    """The names of the files that hold what the engine's objects stand for."""
+
+    bits: dict[tuple[str, str], str] = field(default_factory=dict)
+    """(id of the session, disk) to the mapped file of a fleece."""
+    temps: dict[tuple[str, str], TempEntry] = field(default_factory=dict)
+    bitmaps: dict[str, str] = field(default_factory=dict)
+    """Id of a recording bitmap to its mapped file."""
+    stamps: dict[str, str] = field(default_factory=dict)
+    """Name of a disk to its mapped file."""
+
+
+@dataclass(frozen=True)
+class Unserved:
+    """What a description says of disks that are not served now: it stays as it is."""
+
+    disks: tuple[DiskEntry, ...] = ()
+    bitmaps: tuple[BitmapEntry, ...] = ()

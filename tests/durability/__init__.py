@@ -1,0 +1,1 @@
+"""Real servers that are really killed, and started again."""
