@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleecenbd.cli import values
 from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.values import (
     DiskSpec,
@@ -192,3 +193,32 @@ def test_a_group_is_given_by_name_or_by_number() -> None:
 def test_an_unknown_group_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--socket-group"):
         parse_group(text)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("1", 1.0), ("0.5", 0.5), ("86400", 86400.0)])
+def test_a_period_is_more_than_no_time(text: str, seconds: float) -> None:
+    assert values.parse_period(text, "--ttl") == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "1e10", "", "1m"])
+def test_what_is_no_period_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--ttl: .* is no time"):
+        values.parse_period(text, "--ttl")
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:9100", ("127.0.0.1", 9100)),
+        ("[::1]:0", ("::1", 0)),
+        ("localhost:65535", ("localhost", 65535)),
+    ],
+)
+def test_an_address_is_a_host_and_a_port(text: str, address: tuple[str, int]) -> None:
+    assert values.parse_address(text, "--metrics") == address
+
+
+@pytest.mark.parametrize("text", ["9100", ":9100", "::1:9100", "host:", "host:x", "[::1]", ""])
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--metrics: "):
+        values.parse_address(text, "--metrics")
