@@ -82,7 +82,8 @@ class ServerPlaces:
             raise OSError(errno.EINVAL, str(error)) from error
         try:
             if self._records is not None:
-                self._records.check(name, image, disk.size, writable=not options.read_only)
+                path = disk.device.name
+                self._records.check(name, path, disk.size, writable=not options.read_only)
         except BaseException:
             disk.device.close()
             raise

@@ -265,7 +265,10 @@ async def _stop(server: Server, control: Control, stopping: Stopping) -> bool:
 async def _stop_all(server: Server, control: Control) -> bool:
     closing = asyncio.create_task(control.close())
     stopped = await server.stop()
-    await closing
+    try:
+        await closing
+    except Exception as error:
+        logger.error("the control socket was not closed as it should be", exc_info=error)
     return stopped
 
 

@@ -300,6 +300,28 @@ def test_metrics_are_served_over_tcp_and_nothing_else(tmp_path: Path) -> None:
             urllib.request.urlopen(told[1].replace("/metrics", "/v1/status"), timeout=TIMEOUT_S)
 
 
+def test_a_disk_does_not_come_back_different_under_its_guest(
+    tmp_path: Path, fails: Fails, out: Out
+) -> None:
+    for name in ("vm.raw", "other.raw"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    control = ("--control", "f.sock.control")
+    command = (FLEECENBD, "serve", "vm.raw", "-U", "f.sock", "--state-dir", "state")
+    with started(tmp_path, *command) as process:
+        out("disk", "add", "raw:other.raw", *control)
+        with connected(f"nbd+unix:///other?socket={tmp_path}/f.sock"):
+            while not list(Path("state").glob("guests/*.json")):
+                out("status", *control)
+            process.kill()
+            process.wait(TIMEOUT_S)
+    os.truncate("other.raw", 2 << 20)
+    with started(tmp_path, *command):
+        line = fails("disk", "add", "raw:other.raw", *control)
+        assert "disk other had 1048576 bytes, and has 2097152 now" in line
+        os.truncate("other.raw", 1 << 20)
+        out("disk", "add", "raw:other.raw", *control)
+
+
 def test_the_server_s_hooks_are_not_for_the_session_of_the_start(tmp_path: Path, out: Out) -> None:
     image = tmp_path / "vm.raw"
     image.write_bytes(bytes(1 << 20))
