@@ -31,17 +31,17 @@ def describe(
     sessions: Iterable[Session],
     names: Names,
     *,
-    adding: Session | None = None,
     extras: Mapping[str, Extra],
     unserved: Unserved,
     is_clean: bool = False,
 ) -> Description:
-    """What is true in this step, with ``adding`` armed. ``is_clean``: nobody of us writes any more.
+    """What is true in this step, with every session armed that is being armed. ``is_clean``: nobody
+    of us writes any more.
 
     Raises OSError where an image does not tell what it is.
     """
-    listed = [*sessions, *([adding] if adding is not None else [])]
-    bitmaps = {name: bitmaps_with(disk, adding) for name, disk in disks.items()}
+    listed = list(sessions)
+    bitmaps = {name: bitmaps_with(disk, *listed) for name, disk in disks.items()}
     needed = {name for name, found in bitmaps.items() if found}
     needed |= {fleece.disk.name for session in listed for fleece in session.fleeces}
     return Description(

@@ -153,9 +153,16 @@ class FileStore:
         """Replace the description. Raises OSError; ETIMEDOUT after ``COMMIT_DEADLINE_S``."""
         if removing is not None:
             self._sessions.pop(removing.id, None)
-        await self._files.write(self._describe(adding=adding), deadline_s=COMMIT_DEADLINE_S)
         if adding is not None:
+            # Before it is written: a description that comes next may be there before the session's
+            # recording bits are cleared. And if it is late, nobody adds it after its removal.
             self._sessions[adding.id] = adding
+        try:
+            await self._files.write(self._describe(), deadline_s=COMMIT_DEADLINE_S)
+        except BaseException:
+            if adding is not None:
+                self._sessions.pop(adding.id, None)
+            raise
 
     # -- what was there before -------------------------------------------------------------
 
@@ -311,7 +318,7 @@ class FileStore:
 
     # -- inside ----------------------------------------------------------------------------
 
-    def _describe(self, *, adding: Session | None = None, is_clean: bool = False) -> Description:
+    def _describe(self, *, is_clean: bool = False) -> Description:
         from fleecenbd.server.state.describe import describe
 
         return describe(
@@ -319,7 +326,6 @@ class FileStore:
             {name: files.disk for name, files in self._disks.items()},
             self._sessions.values(),
             self.names,
-            adding=adding,
             extras=self.extras,
             unserved=self.unserved,
             is_clean=is_clean,

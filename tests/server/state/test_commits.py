@@ -1,0 +1,156 @@
+"""Descriptions that are replaced one upon the other: none forgets a session that is being armed."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleecenbd.engine.disk import Disk
+from fleecenbd.engine.recording import BitmapRequest
+from fleecenbd.engine.session import Session, SessionOptions, arm
+from fleecenbd.server.server import Server
+from fleecenbd.server.state.directory import StateDirectory
+from fleecenbd.server.state.files import Files
+from fleecenbd.server.state.recovery import recover
+from fleecenbd.server.state.store import FileStore
+from fleecenbd.storage.file import FileDevice
+
+SIZE = 1 << 20
+
+
+class Writer:
+    """A server whose descriptions are written when the test says so."""
+
+    def __init__(self, server: Server, store: FileStore) -> None:
+        self.server = server
+        self.store = store
+        self._files: Files = store._files
+        self._go = threading.Event()
+        self._asked = asyncio.Semaphore(0)
+        write = self._files.write
+
+        async def noted(*args: Any, **options: Any) -> str:
+            self._asked.release()
+            return await write(*args, **options)
+
+        self._files.write = noted  # type: ignore[method-assign]
+
+    def stop(self) -> None:
+        """From now on descriptions wait; those that wait already go on first."""
+        self._go = threading.Event()
+        self._asked = asyncio.Semaphore(0)
+        self._files.writer.run(self._go.wait)
+
+    def go(self) -> None:
+        self._go.set()
+
+    async def waiting(self) -> None:
+        """Return when one more description waits to be written."""
+        async with asyncio.timeout(10):
+            await self._asked.acquire()
+
+    def begin(self, name: str, *disks: str) -> asyncio.Task[Session]:
+        bitmap = BitmapRequest("chain")
+        return asyncio.ensure_future(
+            self.server.begin(name, disks, SessionOptions(), _no_temp, bitmap=bitmap)
+        )
+
+    def described(self) -> dict[str, Any]:
+        """What a server that is started now would find: sessions, and where bitmaps record."""
+        found = self.store.directory.read()
+        assert found is not None
+        return {
+            "sessions": [session.name for session in found.sessions],
+            "since": {b.disk: b.since.session if b.since else None for b in found.bitmaps},
+        }
+
+
+async def _no_temp(*_: object) -> Any:
+    raise AssertionError("the store makes temp images")
+
+
+@asynccontextmanager
+async def writer(tmp_path: Path) -> AsyncIterator[Writer]:
+    """A server with two disks and a state directory."""
+    server = Server()
+    for name in ("vda", "vdb"):
+        image = tmp_path / name
+        image.write_bytes(bytes(SIZE))
+        server.add_disk(Disk(name, FileDevice.open(image)))
+    store = await recover(server, StateDirectory.open(tmp_path / "state"), "boot")
+    writing = Writer(server, store)
+    try:
+        yield writing
+    finally:
+        writing.go()
+        await server.stop()
+
+
+async def test_two_sessions_armed_at_once_are_both_in_every_description(tmp_path: Path) -> None:
+    async with writer(tmp_path) as state:
+        state.stop()
+        one = state.begin("one", "vda")
+        await state.waiting()
+        two = state.begin("two", "vdb")
+        await state.waiting()
+        state.go()
+        await asyncio.gather(one, two)
+        assert state.described() == {
+            "sessions": ["one", "two"],
+            "since": {"vda": "one", "vdb": "two"},
+        }
+
+
+async def test_another_s_description_names_a_session_that_is_being_armed(tmp_path: Path) -> None:
+    async with writer(tmp_path) as state:
+        await state.begin("old", "vda")
+        await state.store.settle()
+        state.server.finish("old")
+        await state.store.settle()
+        state.stop()
+        fresh = state.begin("fresh", "vda")
+        await state.waiting()
+        other = asyncio.ensure_future(state.store.commit())
+        await state.waiting()
+        state.go()
+        await asyncio.gather(fresh, other)
+        # Its recording bits are cleared now: the changes since "old" are in its own bits alone.
+        assert state.described() == {"sessions": ["fresh"], "since": {"vda": "fresh"}}
+
+
+async def test_a_session_that_was_described_too_late_is_in_no_description_after(
+    tmp_path: Path,
+) -> None:
+    async with writer(tmp_path) as state:
+        state.stop()
+
+        async def too_late() -> None:
+            await arm(
+                "late",
+                [state.server.disk("vda")],
+                SessionOptions(),
+                state.store.make_temp,
+                clock=lambda: 1.0,
+                bitmap=BitmapRequest("chain"),
+                store=state.store,
+                deadline_s=0.05,
+            )
+
+        arming = asyncio.ensure_future(too_late())
+        await state.waiting()
+        await state.waiting()  # to take the first back
+        state.go()
+        with pytest.raises(OSError, match="was not written down within") as caught:
+            await arming
+        assert caught.value.errno == errno.ETIMEDOUT
+        await state.store.commit()
+        assert state.described() == {"sessions": [], "since": {}}
+        await state.begin("next", "vda")
+        assert state.described() == {"sessions": ["next"], "since": {"vda": "next"}}
