@@ -71,6 +71,16 @@ def test_begin_prints_one_uri_a_line_and_nothing_else(server: Serving, out: Out)
     assert "finished (success)" in out("session", "list")
 
 
+def test_begin_takes_each_disk_that_is_named(server: Serving, out: Out) -> None:
+    printed = out("session", "begin", "two", "--disk", "vda", "--disk", "vdb", warns=True)
+    assert printed.splitlines() == [server.uri("vda@two"), server.uri("vdb@two")]
+    out("session", "finish", "two")
+    assert (
+        out("session", "begin", "one", "--disk", "vdb", warns=True) == f"{server.uri('vdb@one')}\n"
+    )
+    out("session", "finish", "one")
+
+
 def test_begin_warns_on_standard_error(server: Serving, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["session", "begin", "w", "--disk", "vda"]) == 0
     printed = capfd.readouterr()
