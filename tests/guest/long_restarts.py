@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.disks import MIB, copy_disk
+from tests.disks import MIB, copy_disk, first_difference
 from tests.guest.conftest import MachineMaker
 from tests.guest.filesystem import faults, make_filesystem, replay_journal, sums
 from tests.guest.machine import MOUNTED, Guest, booted
@@ -257,6 +257,30 @@ def test_a_session_that_begins_while_the_guest_is_frozen_needs_no_journal(
             guest.power_off()
         assert guest.kernel_faults() == []
     assert faults(backup, kept) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_session_goes_on_under_a_running_guest(
+    tmp_path: Path, machine_maker: MachineMaker, how: signal.Signals
+) -> None:
+    disk = make_filesystem(tmp_path / "vm.raw", SIZE)
+    backup, at_arming = tmp_path / "backup.raw", copy_disk(disk, tmp_path / "at-arming.raw")
+    with restarting(OwnSocket, tmp_path, disk, "--begin", "nightly") as server:
+        with booted(machine_maker(tmp_path, server.unix)) as guest:
+            guest.mount()
+            guest.start_writer("/new", 100_000)
+            for _ in range(3):
+                guest.wait_fsynced(FSYNCS_BETWEEN)
+                restart(guest, server, how)
+            guest.wait_fsynced(FSYNCS_BETWEEN)
+            run("nbdcopy", f"nbd+unix:///vm@nightly?socket={server.unix}", backup)
+            guest.stop_writers()
+            told = guest.fsynced()
+            guest.unmount()
+            guest.power_off()
+        assert guest.kernel_faults() == []
+    assert first_difference(at_arming, backup) is None
+    assert faults(disk, told, others=True) == []
 
 
 def test_an_io_error_in_the_guest_would_be_noticed(
