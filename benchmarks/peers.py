@@ -102,16 +102,16 @@ def fleecenbd(
         # -P: not from the folder that we happen to be in.
         program = [sys.executable, "-P", "-m", "fleecenbd"]
         environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    command = [
-        *program,
-        "serve",
-        *(f"{name}={image}" for name, image in zip(names, images, strict=True)),
-        *("--state-dir", str(folder / "state"), "--log-level", "warning"),
-        *(("--begin", "n") if session else ()),
-        *options,
-    ]
-    with socket_path() as path:
-        command += ["--unix", str(path)]
+    # Each server has a state of its own: the session is a new one, not what the last one left.
+    with socket_path() as path, tempfile.TemporaryDirectory(prefix="state-", dir=folder) as state:
+        command = [
+            *program,
+            "serve",
+            *(f"{name}={image}" for name, image in zip(names, images, strict=True)),
+            *("--state-dir", state, "--log-level", "warning", "--unix", str(path)),
+            *(("--begin", "n") if session else ()),
+            *options,
+        ]
         place: Path | int = path
         if tcp:
             place = _free_port()
