@@ -311,14 +311,19 @@ def test_a_disk_does_not_come_back_different_under_its_guest(disk: Path, tmp_pat
 
 
 def test_a_guest_that_has_left_by_itself_is_forgotten(disk: Path, tmp_path: Path) -> None:
+    guests = tmp_path / "state" / "guests"
+
+    def wait_for(count: int, why: str) -> None:
+        end = time.monotonic() + START_TIMEOUT_S
+        while len([*guests.glob("*.json")]) != count:
+            assert time.monotonic() < end, why
+            time.sleep(0.2)  # a file's beginning and end are no events that nbdkit tells
+
     with behind_nbdkit(tmp_path, disk) as server:
         with connected(server.uri("vm")) as guest:
             guest.pwrite(b"x", 0)
-        (record,) = (tmp_path / "state" / "guests").iterdir()
-        end = time.monotonic() + START_TIMEOUT_S
-        while record.exists():
-            assert time.monotonic() < end, "the record of a guest that left is still there"
-            time.sleep(0.2)  # a file's end is no event that nbdkit tells
+            wait_for(1, "there is no record of a guest that is connected")
+        wait_for(0, "the record of a guest that left is still there")
 
 
 def test_neither_uvloop_nor_typer_is_needed() -> None:
