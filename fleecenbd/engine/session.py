@@ -7,6 +7,7 @@ import contextlib
 import errno
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.fleece import Fleece
@@ -142,6 +143,18 @@ MakeTemp = Callable[[Disk, int, str], Awaitable[Device]]
 the disk rounded up to a multiple of the cluster size and of its own ``hole_size``."""
 
 
+class Guests(Protocol):
+    """What runs in the guests, and may be put at rest: file systems, databases."""
+
+    async def freeze(self) -> None:
+        """All that may take its time has been made: put them at rest. Raises OSError: then there
+        is no session."""
+
+    def thaw(self) -> None:
+        """``freeze`` was called, and their writes go on, whatever happened. A plain call, which
+        must not raise."""
+
+
 async def arm(
     name: str,
     disks: Sequence[Disk],
@@ -154,17 +167,19 @@ async def arm(
     store: Store = MEMORY,
     owner: str | None = None,
     session_id: str | None = None,
+    guests: Guests | None = None,
 ) -> Session:
     """Begin a session over ``disks``: all of them at one moment, or none.
 
     ``clock`` gives the moment of arming (seconds since the epoch). ``bitmap``: what is done with
     which recording bitmap of each disk; ``Fleece.own`` says what became of it. ``session_id``
-    None: a new UUID. Raises OSError:
-    what ``make_temp`` and ``store`` raised, EINVAL for a cluster size below the temp image's block
-    and for a temp limit below one cluster, ETIMEDOUT when active writes were still in flight after
-    ``deadline_s``, or the store had not described the session by then, ENOENT, EBUSY or EINVAL for
-    a bitmap that is not there, is used or is lost.
-    Nothing is left behind then.
+    None: a new UUID. ``guests``: frozen and thawed around the moment.
+
+    Raises OSError: what ``make_temp``, ``store`` and ``guests`` raised, EINVAL for a cluster size
+    below the temp image's block and for a temp limit below one cluster, ETIMEDOUT when active
+    writes were still in flight after ``deadline_s``, or the store had not described the session by
+    then, ENOENT, EBUSY or EINVAL for a bitmap that is not there, is used or is lost. Nothing is
+    left behind then.
     """
     if session_id is None:
         session_id = random_uuid()
@@ -178,11 +193,16 @@ async def arm(
         for disk, claim in zip(disks, claims, strict=True):
             making = _Making(name, session_id, disk, options, claim)
             fleeces.append(await making.fleece(make_temp, store))
-        started = loop.time()
-        for disk in disks:
-            disk.hold()
-        try:
-            await _wait_idle(disks, started + deadline_s, deadline_s)
+        with contextlib.ExitStack() as let_go:
+            if guests is not None:
+                let_go.callback(guests.thaw)
+                await guests.freeze()
+            started = loop.time()
+            for disk in disks:
+                disk.hold()
+                let_go.callback(disk.release_hold)
+            deadline = started + deadline_s
+            await _wait_idle(disks, deadline, deadline_s)
             # From here on no active write is in flight on any disk, and none begins.
             armed_at = clock()
             for fleece in fleeces:
@@ -202,7 +222,7 @@ async def arm(
             # Own bits first, then the description: only then may recording bits be cleared.
             described = session
             try:
-                await _described(store, session, started + deadline_s, deadline_s)
+                await _described(store, session, deadline, deadline_s)
             except BaseException:
                 # Perhaps it is described all the same, and guests go on without it.
                 for fleece in fleeces:
@@ -215,9 +235,6 @@ async def arm(
                     fleece.own.begin(fleece.disk, session.since)
                     claim.armed()
                 fleece.disk.fleeces.append(fleece)
-        finally:
-            for disk in disks:
-                disk.release_hold()
         session.pause_s = loop.time() - started
     except BaseException:
         for claim in claims:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.recording import BitmapRequest
-from fleecenbd.engine.session import MakeTemp, Session, SessionOptions, arm
+from fleecenbd.engine.session import Guests, MakeTemp, Session, SessionOptions, arm
 from fleecenbd.engine.store import MEMORY
 from fleecenbd.nbd.errors import shown_name
 from fleecenbd.server import client_sockets, events
@@ -187,11 +187,12 @@ class Server:
         *,
         bitmap: BitmapRequest | None = None,
         owner: str | None = None,
+        guests: Guests | None = None,
     ) -> Session:
         """Begin a session over the disks of these names (None: all). Raises OSError.
 
         ``make_temp``: who makes the temp images, where there is no store that does. ``bitmap``,
-        ``owner``: as ``arm`` takes them.
+        ``owner``, ``guests``: as ``arm`` takes them.
         """
         if name in self.sessions or name in self._beginning:
             raise OSError(errno.EEXIST, f"there is a session called {name} already")
@@ -212,6 +213,7 @@ class Server:
                 bitmap=bitmap,
                 store=MEMORY if self.store is None else self.store,
                 owner=owner,
+                guests=guests,
             )
         finally:
             del self._beginning[name]

@@ -1,6 +1,6 @@
 """Sessions begun and finished while guests run: whose they are, their hooks, how long they live.
 
-    begin   refuse what cannot be ▶ freeze command ▶ arm ▶ thaw command, whatever happened
+    begin   refuse what cannot be ▶ make ▶ freeze command ▶ arm ▶ thaw command, whatever happened
     finish  by whoever asks, by ``ttl`` since arming, by ``idle_ttl`` since the last request
 
 The server arms and ends sessions; here is what stands around that. A begin runs in a task of its
@@ -26,9 +26,8 @@ from fleecenbd.engine.session import MakeTemp, Session
 from fleecenbd.server.asks import Ask, lasting
 from fleecenbd.server.bitmaps import Bitmaps
 from fleecenbd.server.catalog import FINISHED_MAX
-from fleecenbd.server.events import HOOK_FAILED
 from fleecenbd.server.exports import FleecingExport
-from fleecenbd.server.hooks import run_hook
+from fleecenbd.server.guest_hooks import GuestHooks
 from fleecenbd.server.server import Server
 from fleecenbd.server.temp_watch import TempWatch
 from fleecenbd.server.views import (
@@ -153,61 +152,27 @@ class Sessions:
         make_temp = self._places.make_temp(name)
         names = list(self._server.disks) if ask.disks is None else list(ask.disks)
         warnings = self._warnings(names)
+        hooks = GuestHooks(self._server.events, name, names, ask)
         try:
-            if ask.freeze is not None:
-                await self._hook(name, names, "freeze", ask.freeze, ask.hook_timeout_s)
             if (store := self._server.store) is not None:
                 store.extras[name] = lasting(ask)
             session = await self._server.begin(
-                name, names, ask.options, make_temp, bitmap=ask.bitmap, owner=ask.owner
+                name,
+                names,
+                ask.options,
+                make_temp,
+                bitmap=ask.bitmap,
+                owner=ask.owner,
+                guests=hooks,
             )
         finally:
-            # Whatever happened, a failed or killed freeze command included.
-            if ask.thaw is not None:
-                warnings += await self._thaw(name, names, ask.thaw, ask.hook_timeout_s)
+            warnings += await hooks.thawed()
         begun = Begun(session, tuple(warnings))
         for warning in warnings:
             logger.warning("session %s: %s", name, warning)
         if name in self._server.sessions:  # the thaw command may have taken its time
             self.adopt(session, ask, begun)
         return begun
-
-    async def _hook(
-        self, session: str, disks: list[str], which: str, command: str, timeout_s: float
-    ) -> None:
-        environment = {
-            "FLEECENBD_HOOK": which,
-            "FLEECENBD_SESSION": session,
-            "FLEECENBD_DISKS": " ".join(disks),
-        }
-        what = f"session {session}: the {which} command"
-        try:
-            await run_hook(what, command, timeout_s=timeout_s, environment=environment)
-        except OSError as error:
-            self._server.events.tell(
-                HOOK_FAILED, session=session, hook=which, reason=error.strerror
-            )
-            raise
-
-    async def _thaw(
-        self, session: str, disks: list[str], command: str, timeout_s: float
-    ) -> list[str]:
-        """The warnings. Not to be cancelled: a guest that stays frozen is worse than a wait."""
-        thawing = asyncio.ensure_future(self._hook(session, disks, "thaw", command, timeout_s))
-        cancelled: asyncio.CancelledError | None = None
-        while not thawing.done():
-            try:
-                await asyncio.wait({thawing})
-            except asyncio.CancelledError as error:
-                cancelled = error
-        failure = thawing.exception()
-        if cancelled is not None:
-            raise cancelled
-        if failure is None:
-            return []
-        text = failure.strerror if isinstance(failure, OSError) else repr(failure)
-        logger.error("%s; the guest may still be frozen", text)
-        return [f"{text}; the guest may still be frozen"]
 
     def _warnings(self, names: Sequence[str]) -> list[str]:
         """What makes it likely that the guest does not write through this server."""

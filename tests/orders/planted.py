@@ -118,11 +118,11 @@ ORDERS_ONLY = (
         "arming that failed keeps its hold",
         "session",
         (
+            ("                let_go.callback(disk.release_hold)\n", ""),
             (
-                "        finally:\n            for disk in disks:\n"
-                "                disk.release_hold()\n",
-                "        except OSError:\n            raise\n        else:\n"
-                "            for disk in disks:\n                disk.release_hold()\n",
+                "        session.pause_s = loop.time() - started\n",
+                "        for disk in disks:\n            disk.release_hold()\n"
+                "        session.pause_s = loop.time() - started\n",
             ),
         ),
     ),

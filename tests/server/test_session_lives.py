@@ -3,15 +3,20 @@
 import asyncio
 import errno
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
+from fleecenbd.engine.disk import Disk
+from fleecenbd.engine.session import MakeTemp, Session
+from fleecenbd.engine.store import MEMORY
 from fleecenbd.server import events as events_module
 from fleecenbd.server.asks import Ask
 from fleecenbd.server.events import EVENTS_LOST, HOOK_FAILED, SESSION_FINISHED, Events
 from fleecenbd.server.hooks import Hooks
+from fleecenbd.storage.device import Device
 from tests.nbd import wire
-from tests.server.controlled import Control, controlled
+from tests.server.controlled import Control, RoomPlaces, controlled
 
 
 def _noting(path: Path) -> str:
@@ -61,7 +66,7 @@ async def test_a_guest_that_cannot_be_frozen_is_thawed_and_has_no_session(tmp_pa
         assert event is not None
         assert (event["event"], event["hook"]) == (HOOK_FAILED, "freeze")
         assert control.served.server.sessions == {}
-        assert "vda@n" not in control.served.devices, "nothing was made"
+        assert control.served.devices["vda@n"].closed, "nothing is left"
     assert log.read_text().splitlines() == ["thaw n vda"]
 
 
@@ -75,11 +80,85 @@ async def test_a_freeze_that_hangs_is_killed_and_the_guest_is_thawed(tmp_path: P
 
 
 async def test_a_session_that_cannot_be_armed_leaves_the_guest_thawed(tmp_path: Path) -> None:
+    log, go = tmp_path / "log", tmp_path / "go"
+    freeze = f"{_noting(log)}; until [ -e {go} ]; do sleep 0.01; done"
+    async with controlled(Hooks(freeze, _noting(log))) as control:
+        await control.put("disks/vda/bitmaps/b")
+        body = {"bitmap": "b", "bitmap_mode": "keep"}
+        begin = asyncio.ensure_future(control.refused("PUT", "sessions/n", body))
+        while not log.exists():
+            await control.served.settled()
+        await control.delete("disks/vda/bitmaps/b")
+        go.touch()
+        assert (await begin)[0] == 404
+    assert log.read_text().splitlines() == ["freeze n vda", "thaw n vda"]
+
+
+async def test_a_session_whose_temp_image_cannot_be_made_freezes_nobody(tmp_path: Path) -> None:
     log = tmp_path / "log"
     async with controlled(Hooks(_noting(log), _noting(log))) as control:
         body = {"temp_limit": 1}
         assert (await control.refused("PUT", "sessions/n", body))[0] == 422
+    assert not log.exists()
+
+
+async def test_nobody_is_frozen_while_temp_images_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    asked, answer = asyncio.Event(), asyncio.Event()
+    async with controlled(Hooks(_noting(log), _noting(log))) as control:
+        make_temp = RoomPlaces.make_temp
+
+        def slow(places: RoomPlaces, session: str) -> MakeTemp:
+            make = make_temp(places, session)
+
+            async def made(disk: Disk, cluster_size: int, session_id: str) -> Device:
+                asked.set()
+                await answer.wait()
+                return await make(disk, cluster_size, session_id)
+
+            return made
+
+        monkeypatch.setattr(RoomPlaces, "make_temp", slow)
+        begin = asyncio.ensure_future(control.put("sessions/n"))
+        async with asyncio.timeout(10):
+            await asked.wait()
+        assert not log.exists()
+        answer.set()
+        await begin
     assert log.read_text().splitlines() == ["freeze n vda", "thaw n vda"]
+
+
+async def test_a_guest_is_thawed_before_what_a_failed_arming_leaves_is_cleaned_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    hangs, answer = asyncio.Event(), asyncio.Event()
+
+    class Store(type(MEMORY)):  # type: ignore[misc]
+        extras: ClassVar[dict[str, object]] = {}
+
+        async def commit(
+            self, *, adding: Session | None = None, removing: Session | None = None
+        ) -> None:
+            if adding is not None:
+                raise OSError(errno.ENOSPC, "a test")
+            hangs.set()
+            await answer.wait()
+
+    async with controlled(Hooks(_noting(log), _noting(log))) as control:
+        store: Any = Store()
+        store.make_temp = RoomPlaces(control.served).make_temp("n")
+        monkeypatch.setattr(control.served.server, "store", store)
+        begin = asyncio.ensure_future(control.refused("PUT", "sessions/n"))
+        async with asyncio.timeout(10):
+            await hangs.wait()
+            while not (log.exists() and "thaw" in log.read_text()):
+                await control.served.settled()
+        answer.set()
+        assert (await begin)[0] == 507
+        monkeypatch.undo()
 
 
 async def test_a_guest_that_cannot_be_thawed_is_told_loudly_and_the_session_is_there(

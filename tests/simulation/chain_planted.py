@@ -85,12 +85,11 @@ ARMING = (
         "recording bits are cleared while active writes are in flight",
         "session",
         (
-            "        try:\n            await _wait_idle(disks, started + deadline_s, deadline_s)\n",
-            "        try:\n"
+            "            await _wait_idle(disks, deadline, deadline_s)\n",
             "            for fleece in fleeces:\n"
             "                if fleece.own is not None and not fleece.own.made:\n"
             "                    fleece.own.recording.bitmap.bits.setall(0)\n"
-            "            await _wait_idle(disks, started + deadline_s, deadline_s)\n",
+            "            await _wait_idle(disks, deadline, deadline_s)\n",
         ),
     ),
     _bug(
