@@ -61,6 +61,8 @@ class Disk:
         self._active_calls: dict[asyncio.Task[None], list[tuple[int, int]]] = {}
         """Active writes in flight, each with its byte ranges."""
         self._holds = 0
+        self.held_since = 0.0
+        """The loop's time since which active writes are held without a break, while they are."""
         self._held = Waiters()
         self._idle = Waiters()
         self.read_now: Callable[[int, int], Buffer | None] = device.pread_now
@@ -305,6 +307,8 @@ class Disk:
 
     def hold(self) -> None:
         """Start no active write until ``release_hold``; holds count."""
+        if not self._holds:
+            self.held_since = asyncio.get_running_loop().time()
         self._holds += 1
 
     def release_hold(self) -> None:

@@ -201,7 +201,8 @@ async def arm(
             for disk in disks:
                 disk.hold()
                 let_go.callback(disk.release_hold)
-            deadline = started + deadline_s
+            # Another arming may have held them before: all together no longer than the deadline.
+            deadline = min(disk.held_since for disk in disks) + deadline_s
             await _wait_idle(disks, deadline, deadline_s)
             # From here on no active write is in flight on any disk, and none begins.
             armed_at = clock()

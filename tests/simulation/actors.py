@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import random
 from typing import TYPE_CHECKING
 
@@ -146,8 +147,10 @@ async def controller(world: World, plan: SessionPlan) -> None:
     await asyncio.sleep(plan.arms_at_s)
     disks = [world.disks[index] for index in plan.disks]
     temps: list[SimDevice] = []
+    held_since = math.inf
 
     async def make_temp(engine_disk: object, cluster_size: int, session_id: str) -> SimDevice:
+        nonlocal held_since
         await asyncio.sleep(rng.random() * 0.01)
         if plan.make_temp_fails and len(temps) == len(disks) - 1:
             raise OSError(errno.ENOSPC, "simulated: no room for a temp image")
@@ -158,13 +161,13 @@ async def controller(world: World, plan: SessionPlan) -> None:
             world.armings_pending.append(plan)
             for disk in disks:
                 disk.hold()
+            held_since = min(disk.held_since for disk in disks)
         return temp
 
-    began = world.loop.time()
     try:
         session = await world.arm(plan, disks, make_temp)
     except OSError as error:
-        _check_arming_failed(world, plan, temps, error, world.loop.time() - began)
+        _check_arming_failed(world, plan, temps, error, world.loop.time() - held_since)
         return
     finally:
         if plan in world.armings_pending:
@@ -191,12 +194,13 @@ async def controller(world: World, plan: SessionPlan) -> None:
 
 
 def _check_arming_failed(
-    world: World, plan: SessionPlan, temps: list[SimDevice], error: OSError, spent_s: float
+    world: World, plan: SessionPlan, temps: list[SimDevice], error: OSError, held_s: float
 ) -> None:
     world.met["armings failed"] += 1
     world.log(f"arming {plan.name} failed: {error}")
     violation = world.checkers.violation
-    timed_out = error.errno == errno.ETIMEDOUT and spent_s >= plan.deadline_s
+    # Held by this arming, or by another before it.
+    timed_out = error.errno == errno.ETIMEDOUT and held_s > plan.deadline_s - 1e-6
     if not timed_out and not plan.make_temp_fails:
         violation(f"X: arming {plan.name} failed without a cause: {error}")
     if any(not temp.closed for temp in temps):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.simulation.loop import settle
 
-from ..scene import CLUSTER, Scene, simulated, trim
+from ..scene import CLUSTER, Scene, errno_of, simulated, trim
 
 NEW = b"\x77" * CLUSTER
 
@@ -118,6 +118,29 @@ async def test_two_armings_at_once_both_hold_and_both_let_go() -> None:
         assert await fleece.read(2 * CLUSTER, 2 * CLUSTER) == NEW + scene.old(3)
     await asyncio.gather(before, after)
     assert scene.now(3) == NEW
+
+
+@simulated
+async def test_armings_upon_each_other_hold_guests_no_longer_than_one_deadline() -> None:
+    scene = Scene()
+    scene.active.gate("write", where=lambda offset, length: offset == 2 * CLUSTER)
+    before = scene.write(2)
+    call = await scene.active.reached("write")
+    loop = asyncio.get_running_loop()
+    armings = [asyncio.ensure_future(scene.arm("one"))]
+    await settle()
+    after = scene.write(3)
+    await asyncio.sleep(3)
+    armings.append(asyncio.ensure_future(scene.arm("two")))
+    await after
+    assert loop.time() == pytest.approx(5), "from the first hold on"
+    assert [await errno_of(arming) for arming in armings] == [errno.ETIMEDOUT] * 2
+    # Now that guests have gone on, the next one has a deadline of its own.
+    arming = asyncio.ensure_future(scene.arm("three"))
+    await asyncio.sleep(3)
+    call.go()
+    assert (await arming).broken is None
+    await before
 
 
 @simulated
