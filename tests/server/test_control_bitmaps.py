@@ -144,6 +144,8 @@ async def test_a_bitmap_that_is_not_there_freezes_nobody() -> None:
         (f"disks/vda/bitmaps/{'n' * 300}", {}, 400, "cannot be a bitmap's name"),
         ("disks/vdz/bitmaps/a", {}, 404, "there is no disk called 'vdz'"),
         ("sessions/n", {"bitmap": "a/b"}, 422, "at `body.bitmap`"),
+        ("sessions/n", {"bitmap": ".."}, 400, "'..' cannot be a bitmap's name"),
+        ("sessions/n", {"bitmap": "a\n"}, 400, "cannot be a bitmap's name"),
         ("sessions/n", {"bitmap": "a", "bitmap_mode": "usee"}, 422, "at `body.bitmap_mode`"),
         ("sessions/n", {"bitmap": "a", "bitmap_granularity": 5000}, 422, "power of two"),
     ],

@@ -119,6 +119,8 @@ class Calls:
             raise CallError(422, f"the body is not as it should be: {error}") from None
         bitmap = None
         if body.bitmap is not None:
+            # The body's pattern lets "..", and a newline at the end, through.
+            check_name(body.bitmap, "a bitmap")
             try:
                 bitmap = BitmapRequest(body.bitmap, body.bitmap_mode, body.bitmap_granularity)
             except ValueError as error:
