@@ -1,10 +1,12 @@
 """Recording bitmaps of disks, made and changed while guests run.
 
-What a store describes is replaced after each change: until then a kill finds it as it was.
+What a store describes is replaced after each change: until then a kill finds it as it was. So one
+change at a time: what another one writes down in between would be true too early, or too late.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 
@@ -23,6 +25,7 @@ class Bitmaps:
 
     def __init__(self, server: Server) -> None:
         self._server = server
+        self._changing = asyncio.Lock()
 
     @property
     def _store(self) -> Store:
@@ -68,35 +71,51 @@ class Bitmaps:
 
     async def remove(self, disk_name: str, name: str) -> None:
         """Record in it no longer. Raises ENOENT, EBUSY while a session resets it."""
-        # First it belongs to no chain: from its removal on it records no more, and a kill finds it
-        # described until the second commit.
-        check_removable(bitmap := self.find(disk_name, name))
-        bitmap.since = None
-        await self._store.commit()
-        self._server.disk(disk_name).remove_bitmap(name)
-        try:
-            await self._store.commit()
-        finally:
-            bitmap.close()
+        async with self._changing:
+            # From its removal on it records no more, and a kill finds it described until the second
+            # commit.
+            check_removable(bitmap := self.find(disk_name, name))
+            await self._leave_chain(disk_name, bitmap)
+            self._server.disk(disk_name).remove_bitmap(name)
+            try:
+                await self._store.commit()
+            finally:
+                bitmap.close()
         logger.info("bitmap %s of %s: removed", name, disk_name)
 
     async def clear(self, disk_name: str, name: str) -> RecordingBitmap:
         """Forget what has changed until now. Raises ENOENT, EBUSY, EINVAL when it is lost."""
-        bitmap = self.find(disk_name, name)
-        recording.check_clearable(bitmap)
-        # First it belongs to no chain: a kill must not find it cleared, and still in one.
-        bitmap.since = None
-        await self._store.commit()
-        self._server.disk(disk_name).clear_bitmap(name)
+        async with self._changing:
+            bitmap = self.find(disk_name, name)
+            recording.check_clearable(bitmap)
+            # A kill must not find it cleared, and still in a chain.
+            await self._leave_chain(disk_name, bitmap)
+            self._server.disk(disk_name).clear_bitmap(name)
         logger.info("bitmap %s of %s: cleared", name, disk_name)
         return bitmap
+
+    async def _leave_chain(self, disk_name: str, bitmap: RecordingBitmap) -> None:
+        """It belongs to no chain any more, and that is written down. Raises OSError: then it does
+        as before, or ENOENT where it has gone meanwhile."""
+        since, bitmap.since = bitmap.since, None
+        try:
+            await self._store.commit()
+        except BaseException:
+            if bitmap.used_by is None:
+                bitmap.since = since
+            raise
+        if self.find(disk_name, bitmap.name) is not bitmap:
+            raise OSError(
+                errno.ENOENT, f"bitmap {bitmap.name} of {disk_name} was removed meanwhile"
+            )
 
     async def merge(self, disk_name: str, source: str, target: str) -> RecordingBitmap:
         """Add what ``source`` says to ``target``, of the same disk. Raises as ``clear``."""
         if source == target:
             raise OSError(errno.EINVAL, f"bitmap {source} cannot be merged into itself")
-        into = self.find(disk_name, target)
-        recording.merge(self.find(disk_name, source), into)
-        await self._store.commit()
+        async with self._changing:
+            into = self.find(disk_name, target)
+            recording.merge(self.find(disk_name, source), into)
+            await self._store.commit()
         logger.info("bitmap %s of %s: merged into %s", source, disk_name, target)
         return into

@@ -15,6 +15,7 @@ import pytest
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.recording import BitmapRequest
 from fleecenbd.engine.session import Session, SessionOptions, arm
+from fleecenbd.server.bitmaps import Bitmaps
 from fleecenbd.server.server import Server
 from fleecenbd.server.state.directory import StateDirectory
 from fleecenbd.server.state.files import Files
@@ -68,7 +69,10 @@ class Writer:
         assert found is not None
         return {
             "sessions": [session.name for session in found.sessions],
-            "since": {b.disk: b.since.session if b.since else None for b in found.bitmaps},
+            "since": {
+                f"{bitmap.name} of {bitmap.disk}": bitmap.since.session if bitmap.since else None
+                for bitmap in found.bitmaps
+            },
         }
 
 
@@ -104,7 +108,7 @@ async def test_two_sessions_armed_at_once_are_both_in_every_description(tmp_path
         await asyncio.gather(one, two)
         assert state.described() == {
             "sessions": ["one", "two"],
-            "since": {"vda": "one", "vdb": "two"},
+            "since": {"chain of vda": "one", "chain of vdb": "two"},
         }
 
 
@@ -122,7 +126,7 @@ async def test_another_s_description_names_a_session_that_is_being_armed(tmp_pat
         state.go()
         await asyncio.gather(fresh, other)
         # Its recording bits are cleared now: the changes since "old" are in its own bits alone.
-        assert state.described() == {"sessions": ["fresh"], "since": {"vda": "fresh"}}
+        assert state.described() == {"sessions": ["fresh"], "since": {"chain of vda": "fresh"}}
 
 
 async def test_a_session_that_was_described_too_late_is_in_no_description_after(
@@ -153,4 +157,53 @@ async def test_a_session_that_was_described_too_late_is_in_no_description_after(
         await state.store.commit()
         assert state.described() == {"sessions": [], "since": {}}
         await state.begin("next", "vda")
-        assert state.described() == {"sessions": ["next"], "since": {"vda": "next"}}
+        assert state.described() == {"sessions": ["next"], "since": {"chain of vda": "next"}}
+
+
+async def test_a_merge_into_a_bitmap_that_is_being_cleared_comes_after(tmp_path: Path) -> None:
+    async with writer(tmp_path) as state:
+        bitmaps = Bitmaps(state.server)
+        await bitmaps.add("vda", "other", 65536)
+        await state.begin("one", "vda")
+        state.server.finish("one")
+        await state.store.settle()
+        disk = state.server.disk("vda")
+        await disk.write(0, b"x" * 4096)
+        state.stop()
+        clear = asyncio.ensure_future(bitmaps.clear("vda", "other"))
+        await state.waiting()
+        merge = asyncio.ensure_future(bitmaps.merge("vda", "chain", "other"))
+        await asyncio.sleep(0)
+        state.go()
+        await asyncio.gather(clear, merge)
+        # What is described as recording since "one" must have all that was written since.
+        assert state.described()["since"] == {
+            "chain of vda": "one",
+            "other of vda": "one",
+        }
+        assert disk.bitmaps["other"].bitmap.count_bytes() == 65536
+
+
+@pytest.mark.parametrize("call", ["clear", "remove"])
+async def test_a_bitmap_stays_in_its_chain_if_that_it_leaves_it_cannot_be_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    async with writer(tmp_path) as state:
+        await state.begin("one", "vda")
+        state.server.finish("one")
+        await state.store.settle()
+        disk = state.server.disk("vda")
+        await disk.write(0, b"x" * 4096)
+        chain = disk.bitmaps["chain"]
+
+        async def full(*_: object, **__: object) -> str:
+            raise OSError(errno.ENOSPC, "a test")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(state.store._files, "write", full)
+            with pytest.raises(OSError, match="a test"):
+                await getattr(Bitmaps(state.server), call)("vda", "chain")
+        assert disk.bitmaps["chain"] is chain
+        assert chain.since is not None
+        assert chain.since.session == "one"
+        assert chain.bitmap.count_bytes() == 65536
