@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 from collections.abc import Coroutine, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,11 +106,15 @@ async def _to_its_end(
 
 
 async def _kill_group(group: int, ended: asyncio.Future[int]) -> None:
-    with suppress(ProcessLookupError):
+    try:
         os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        logger.error("what the hook became (sudo, perhaps) is another user's: it cannot be killed")
     await asyncio.wait({ended}, timeout=_KILLED_WAIT_S)
     if not ended.done():
-        logger.error("process %d was killed, and has not ended", group)
+        logger.error("process %d, a hook's, has not ended", group)
     ended.cancel()
 
 

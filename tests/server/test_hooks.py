@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fleecenbd.server import hooks
 from fleecenbd.server.hooks import run_hook
 
 WHAT = "the freeze command"
@@ -51,6 +52,25 @@ async def test_a_hook_that_hangs_is_killed_with_all_its_children(tmp_path: Path)
         await _at_end(reader)
     finally:
         os.close(reader)
+
+
+async def test_a_hook_that_hangs_as_another_user_is_told_as_one_that_hangs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    groups = []
+
+    def refused(group: int, signal_: int) -> None:
+        groups.append(group)
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(hooks, "_KILLED_WAIT_S", 0.01)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "killpg", refused)
+        with pytest.raises(OSError, match=r"had not ended after 0\.1 s") as told:
+            await run_hook(WHAT, "exec sleep 1000", timeout_s=0.1, environment={})
+    assert told.value.errno == errno.ETIMEDOUT
+    assert "it cannot be killed" in caplog.text
+    os.killpg(groups[0], signal.SIGKILL)
 
 
 async def test_a_hook_whose_caller_is_cancelled_is_killed(tmp_path: Path) -> None:
