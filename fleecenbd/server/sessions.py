@@ -219,7 +219,13 @@ class Sessions:
     # -- end -------------------------------------------------------------------------------
 
     def finish(self, name: str, *, failed: bool = False) -> SessionView:
-        """End a session; as it was. Raises OSError(ENOENT), with its result if it was finished."""
+        """End a session; as it was. Raises OSError: ENOENT, with its result if it was finished;
+        ESHUTDOWN once the server stops, since then the session is the next one's."""
+        if self._server.stopping:
+            raise OSError(
+                errno.ESHUTDOWN,
+                f"session {name} cannot be finished now: the server is stopping; ask the next one",
+            )
         if name not in self._server.sessions:
             for view in reversed(self.finished):
                 if view.name == name:

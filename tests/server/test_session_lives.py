@@ -215,6 +215,15 @@ async def test_a_server_that_stops_while_the_guest_is_frozen_thaws_it(tmp_path: 
     assert log.read_text().splitlines()[-1] == "thaw n vda"
 
 
+async def test_a_session_that_outlives_the_server_is_not_finished_while_that_stops() -> None:
+    async with controlled() as control:
+        await control.put("sessions/n")
+        control.served.server.stop_listening()
+        status, message = await control.refused("DELETE", "sessions/n")
+        assert (status, "the server is stopping; ask the next one" in message) == (503, True)
+        assert control.served.server.sessions["n"].state == "active"
+
+
 async def test_a_session_past_its_ttl_is_finished_as_failed() -> None:
     async with controlled() as control:
         await control.put("sessions/n", {"ttl": 0.05})
