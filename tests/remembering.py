@@ -105,6 +105,15 @@ class RememberingGuest(threading.Thread):
         self.join()
 
 
+def granules(extents: Sequence[tuple[int, bytes]], granularity: int) -> set[int]:
+    """Those that extents of (offset, data) touch."""
+    return {
+        granule
+        for offset, data in extents
+        for granule in range(offset // granularity, -(-(offset + len(data)) // granularity))
+    }
+
+
 class Moment:
     """When a session began, as far as it can be seen from outside, in each guest's count."""
 
@@ -126,6 +135,14 @@ class Moment:
             guest.moment(image, first, last) is not None
             for guest, first, last in zip(self._guests, self._first, self._last, strict=True)
         )
+
+    def granules_written_since(self, earlier: "Moment", granularity: int) -> set[int]:
+        """Which granules guests wrote to after an earlier moment and before this one was over."""
+        return {
+            granule
+            for guest, first, last in zip(self._guests, earlier._first, self._last, strict=True)
+            for granule in granules(guest.writes[first:last], granularity)
+        }
 
 
 @contextmanager

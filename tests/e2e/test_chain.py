@@ -6,11 +6,8 @@ is restored from the one before it and the changes, and must be the disk as it w
 its session, byte for byte.
 """
 
-import http.client
-import json
 import random
 import signal
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -20,9 +17,10 @@ from typing import Any
 import nbd
 import pytest
 
+from tests.controlling import Control
 from tests.disks import MIB, make_disk
-from tests.remembering import Moment, RememberingGuest, remembering
-from tests.serving import START_TIMEOUT_S, Serving, connected, serving
+from tests.remembering import Moment, RememberingGuest, granules, remembering
+from tests.serving import Serving, connected, serving
 
 SIZE = 12 * MIB + 512
 BETWEEN_GUESTS = 6 * MIB + 1024  # within a granule: both change it
@@ -42,26 +40,6 @@ while True:
 """
 
 Extents = list[tuple[int, bytes]]
-
-
-class _Control(http.client.HTTPConnection):
-    """The control socket, by the standard library alone."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=START_TIMEOUT_S)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(START_TIMEOUT_S)
-        self.sock.connect(self._path)
-
-    def call(self, method: str, path: str, **body: object) -> Any:
-        self.request(method, f"/v1/{path}", json.dumps(body) if body else None)
-        answer = self.getresponse()
-        content = answer.read()
-        assert answer.status in (200, 201), content
-        return json.loads(content)
 
 
 def _dirty(client: nbd.NBD) -> list[tuple[int, int]]:
@@ -106,10 +84,11 @@ class _Chain:
     """Sessions with one bitmap, and the last good backup."""
 
     def __init__(self, server: Serving, guests: list[RememberingGuest]) -> None:
-        self.control = _Control(f"{server.unix}.control")
+        self.control = Control(f"{server.unix}.control")
         self.guests = guests
         self.backup = bytes(SIZE)
         self.good: str | None = None
+        self.good_moment = Moment(guests)
         self.modes: Counter[str] = Counter()
         self.changed: list[int] = []
 
@@ -145,6 +124,8 @@ class _Chain:
         restored = _applied(self.backup, extents)
         assert moment.is_shown_by(restored), begun
         if disk["bitmap"]["mode"] == "use":
+            written = moment.granules_written_since(self.good_moment, GRANULARITY)
+            assert granules(extents, GRANULARITY) <= written
             # The last granule is a small part of one, and counts whole.
             read = sum(-(-len(data) // GRANULARITY) * GRANULARITY for _, data in extents)
             assert min(read, SIZE) == disk["bitmap"]["dirty"]
@@ -153,7 +134,7 @@ class _Chain:
                 assert not moment.is_shown_by(self.backup), "this would show nothing"
         assert self.finish("success") == "success"
         self.modes[disk["bitmap"]["mode"]] += 1
-        self.backup, self.good = restored, begun["id"]
+        self.backup, self.good, self.good_moment = restored, begun["id"], moment
 
     def fail(self, kind: str) -> None:
         """A backup that fails; after it the chain is where it was."""

@@ -5,43 +5,20 @@ before it has been acknowledged. So at one moment of all three disks the values 
 n, n, n-1, or n, n-1, n-1. A session whose disks were of different moments would show others.
 """
 
-import http.client
-import json
-import socket
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import nbd
 import pytest
 
+from tests.controlling import Control
 from tests.serving import connected, serving
 
 DISKS = ("vda", "vdb", "vdc")
 SESSIONS = 200
 SIZE = 1 << 20
 OFFSET = 64 << 10
-
-
-class _ControlConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket, by the standard library alone."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=60)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(60)
-        self.sock.connect(self._path)
-
-    def call(self, method: str, path: str) -> Any:
-        self.request(method, path)
-        answer = self.getresponse()
-        content = answer.read()
-        assert answer.status in (200, 201), content
-        return json.loads(content)
 
 
 class _Writer(threading.Thread):
@@ -86,18 +63,18 @@ def test_two_hundred_sessions_over_three_disks_are_each_of_one_moment(tmp_path: 
         connected(server.uri("vdb")) as b,
         connected(server.uri("vdc")) as c,
     ):
-        control = _ControlConnection(f"{server.unix}.control")
+        control = Control(f"{server.unix}.control")
         writer = _Writer([a, b, c])
         writer.start()
         try:
             for number in range(SESSIONS):
-                begun = control.call("PUT", f"/v1/sessions/n{number}")
+                begun = control.call("PUT", f"sessions/n{number}")
                 assert begun["pause_ms"] < 5000
                 values = []
                 for disk in begun["disks"]:
                     with connected(disk["uri"]) as backup:
                         values.append(int.from_bytes(backup.pread(8, OFFSET), "little"))
-                control.call("DELETE", f"/v1/sessions/n{number}")
+                control.call("DELETE", f"sessions/n{number}")
                 assert _is_one_moment(tuple(values)), (number, values)
                 shapes[tuple(values[0] - value for value in values)] += 1
                 counts.append(values[0])

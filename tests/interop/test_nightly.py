@@ -11,12 +11,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.controlling import Control
 from tests.disks import KIB, MIB, copy_disk, first_difference, make_disk
 from tests.remembering import Moment, RememberingGuest, remembering
 from tests.serving import (
@@ -116,9 +117,8 @@ class Nights:
 
     def sessions(self) -> list[dict[str, Any]]:
         """What the server says of its sessions."""
-        control = f"{self.server.unix}.control"
-        answer = run(FLEECENBD, "session", "list", "--json", "--control", control)
-        return list(json.loads(answer)["sessions"])
+        with closing(Control(f"{self.server.unix}.control")) as control:
+            return list(control.call("GET", "sessions")["sessions"])
 
 
 def _restored(backup: Path, folder: Path) -> Path:
@@ -181,9 +181,8 @@ def test_nights_with_failures_in_between_make_a_chain_of_whole_backups(tmp_path:
     assert len(nights.made()) == len(chain) + 1
 
 
-@pytest.mark.parametrize("how", ["broken", "finished by somebody"])
 def test_an_increment_never_builds_on_a_night_whose_session_counts_as_failed(
-    tmp_path: Path, how: str
+    tmp_path: Path,
 ) -> None:
     disk = make_disk(tmp_path / "vm.raw", MIB)
     with serving(tmp_path, disk) as server:
@@ -193,18 +192,18 @@ def test_an_increment_never_builds_on_a_night_whose_session_counts_as_failed(
         write.write_text("import os\nh.pwrite(os.urandom(65536), 4096)\n")
         guest = f"nbdsh -u '{server.uri('vm')}' -c \"$(cat {write})\""
         run("sh", "-c", guest)
-        before = copy_disk(disk, tmp_path / "before.raw")
         # The backup is whole when sync is called. What becomes of its session is another matter.
-        nights.replace(
-            "sync", f"{{{{ {guest if how == 'broken' else FINISH_FAILED}; }}}} >&2; {ON}"
-        )
-        status = 0 if how == "broken" else 1
-        ((odd,), err) = nights.night("--temp-limit", "4k", status=status)
-        assert ("counts as failed: vm@nightly" in err) == (how == "broken")
-        assert ("the next night builds on the backup before it" in err) == (how != "broken")
-        assert nights.sessions()[-1]["result"] == "failed"
-        assert _builds_on(odd) == full
-        assert first_difference(_restored(odd, tmp_path), before) is None
+        for meanwhile, status, words in (
+            (guest, 0, "counts as failed: vm@nightly"),
+            (FINISH_FAILED, 1, "the next night builds on the backup before it"),
+        ):
+            before = copy_disk(disk, tmp_path / "before.raw")
+            nights.replace("sync", f"{{{{ {meanwhile}; }}}} >&2; {ON}")
+            ((odd,), err) = nights.night("--temp-limit", "4k", status=status)
+            assert words in err
+            assert nights.sessions()[-1]["result"] == "failed"
+            assert _builds_on(odd) == full
+            assert first_difference(_restored(odd, tmp_path), before) is None
         nights.restore_tools()
         ((backup,), _) = nights.night()
     assert _builds_on(backup) == full
@@ -236,32 +235,31 @@ def test_a_predecessor_that_is_gone_makes_a_full_backup_and_a_chain_can_be_moved
     assert first_difference(_restored(moved, tmp_path), disk) is None
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_night_that_is_killed_leaves_nothing_that_the_next_cannot_mend(
-    tmp_path: Path, how: signal.Signals
-) -> None:
+def test_a_night_that_is_killed_leaves_nothing_that_the_next_cannot_mend(tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     os.mkfifo(begun)
     with _nights(tmp_path) as (nights, guest):
         full = _good(nights, guest, tmp_path)
         nights.replace("qemu-io", f"echo >{begun}; exec sleep 1000")
-        with nights.start() as process:
-            begun.read_text()
-            os.killpg(process.pid, how)
-            process.communicate(timeout=COMMAND_TIMEOUT_S)
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            with nights.start() as process:
+                begun.read_text()
+                os.killpg(process.pid, how)
+                process.communicate(timeout=COMMAND_TIMEOUT_S)
+            assert nights.made() == {full.parent}
+            left = nights.sessions()[-1]
+            if how is signal.SIGTERM:
+                assert process.returncode == 128 + how
+                assert left["result"] == "failed"
+                assert not (nights.backups / ".part").exists()
+            else:
+                assert left["state"] == "active"
         nights.restore_tools()
-        assert nights.made() == {full.parent}
-        if how is signal.SIGTERM:
-            assert process.returncode == 128 + how
-            assert nights.sessions()[-1]["result"] == "failed"
-            assert not (nights.backups / ".part").exists()
-        else:
-            assert nights.sessions()[-1]["state"] == "active"
         guest.wait(10)
         moment = Moment([guest])
-        (backup,), err = nights.night()
+        ((backup,), err) = nights.night()
         moment.is_over()
-        assert ("left by a run that was killed" in err) == (how is signal.SIGKILL)
+        assert "left by a run that was killed" in err
         assert _builds_on(backup) == full
         assert moment.is_shown_by(_restored(backup, tmp_path).read_bytes())
 
