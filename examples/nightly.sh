@@ -43,7 +43,9 @@ PATH=$(dirname "$0")/../.venv/bin:$(dirname "$0"):$PATH
 session=${SESSION:-nightly}
 bitmap=${BITMAP:-chain}
 export FLEECENBD_CONTROL="${FLEECENBD_CONTROL:-$socket.control}"
-owner="nightly.sh $(printf %s "$folder" | cksum)" # whoever backs up into this folder
+# Whoever backs up into this folder, and this run of it: the server gives nobody a session of old.
+ours="nightly.sh $(printf %s "$folder" | cksum)"
+owner="$ours $(date +%s) $$"
 umask 077 # a guest's disk is not for everybody
 
 # One at a time. The lock goes with this process and all that it has started.
@@ -62,26 +64,38 @@ try:
     shown = json.load(sys.stdin)
 except ValueError:  # there is none
     sys.exit(1)
-sys.exit(shown["state"] == "finished" or shown["owner"] != sys.argv[1])
-' "$owner"
+sys.exit(shown["state"] == "finished" or not (shown["owner"] or "").startswith(sys.argv[1] + " "))
+' "$ours"
 }
 
 end() {
     status=$?
     trap '' HUP INT TERM
-    if [ "$is_begun" = no ] || ! is_ours || fleecenbd session finish "$session" --failed; then
-        rm -rf "$part" # else it tells the next run that a session was left
+    # Where the server cannot be asked now, the next run does it.
+    if [ "$is_begun" = yes ] && is_ours; then
+        fleecenbd session finish "$session" --failed || status=1
     fi
+    rm -rf "$part"
     exit "$status"
+}
+
+try_begin() {
+    begin_mode=$1
+    shift
+    fleecenbd session begin "$session" --bitmap "$bitmap" --bitmap-mode "$begin_mode" \
+        --owner "$owner" --json "$@" >"$part/session.json"
 }
 
 # begin MODE [OPTION...]: what becomes of each disk is in the answer, and in $part/plan: lines of
 # disk, mode, session that the changes are counted from, bytes for a bit, bytes that have changed.
 begin() {
-    begin_mode=$1 is_begun=yes
-    shift
-    fleecenbd session begin "$session" --bitmap "$bitmap" --bitmap-mode "$begin_mode" \
-        --owner "$owner" --json "$@" >"$part/session.json" || fail "no session, so no backup"
+    is_begun=yes
+    if ! try_begin "$@"; then
+        is_ours || fail "no session, so no backup"
+        echo "nightly: session $session was left by a run that was killed; it counts as failed" >&2
+        fleecenbd session finish "$session" --failed
+        try_begin "$@" || fail "no session, so no backup"
+    fi
     python3 - "$part/session.json" >"$part/plan" <<'END'
 import json, sys
 
@@ -150,10 +164,6 @@ trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-if [ -e "$part" ] && is_ours; then
-    echo "nightly: session $session was left by a run that was killed; it counts as failed" >&2
-    fleecenbd session finish "$session" --failed
-fi
 rm -rf "$part"
 mkdir "$part"
 

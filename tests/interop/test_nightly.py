@@ -264,6 +264,37 @@ def test_a_night_that_is_killed_leaves_nothing_that_the_next_cannot_mend(tmp_pat
         assert moment.is_shown_by(_restored(backup, tmp_path).read_bytes())
 
 
+def test_a_server_that_is_killed_during_a_night_costs_that_night_alone(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "vm.raw", MIB)
+    chain: list[tuple[Nights, Path]] = []
+
+    def kill_it_in_the_second_night() -> None:
+        with serving(tmp_path, disk) as server:
+            nights = Nights(server, tmp_path)
+            ((full,), _) = nights.night()
+            chain.append((nights, full))
+            nights.replace("qemu-io", f"kill -9 {server.pid}; {ON}")
+            with nights.start() as process:
+                _, err = process.communicate(timeout=COMMAND_TIMEOUT_S)
+            assert process.returncode == 1, err
+
+    with pytest.raises(AssertionError, match="the server exited with -9"):
+        kill_it_in_the_second_night()
+    ((nights, full),) = chain
+    assert nights.made() == {full.parent}
+    nights.restore_tools()
+    with serving(tmp_path, disk) as nights.server:
+        (left,) = [one for one in nights.sessions() if one["state"] == "active"]
+        with connected(nights.server.uri("vm")) as guest:
+            guest.pwrite(b"changed", 200_000)
+        ((backup,), err) = nights.night()
+        assert "left by a run that was killed" in err
+        (made,) = [one for one in nights.sessions() if one["result"] == "success"]
+        assert made["id"] != left["id"]
+    assert _builds_on(backup) == full
+    assert first_difference(_restored(backup, tmp_path), disk) is None
+
+
 def test_disks_have_their_own_modes_granularities_and_odd_sizes(tmp_path: Path) -> None:
     sizes = {"vda": 2 * MIB + 512, "vdb": MIB + 4 * KIB, "odd": 300_001}
     disks = {
