@@ -6,6 +6,9 @@ once: what ends late meets nobody else's file.
 
 Descriptions are written one after the other, by one thread. A file is taken for named from the
 moment when a description that names it is on its way.
+
+To remove a large temp image takes seconds. So it is done by a thread of its own: not by the loop's,
+which serves guests, nor by the one that writes descriptions, for which guests are held.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ import asyncio
 import errno
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fleecenbd.server.state.directory import StateDirectory
 from fleecenbd.storage.pool import ThreadPool
@@ -38,6 +42,7 @@ class Files:
         self.directory = directory
         # One thread: what is written first is on disk first.
         self.writer = ThreadPool(str(directory.path), "state", size_max=1)
+        self._remover = ThreadPool(str(directory.path), "removing", size_max=1)
         self._lock = threading.Lock()
         # Under the lock, names of files:
         self._written = named  # in the description on disk
@@ -51,10 +56,11 @@ class Files:
         with self._lock:
             self._on_their_way.append(description.files())
         writing = self.writer.run(partial(self._replace, description, durable=durable))
-        writing.add_done_callback(_look_at)
+        writing.add_done_callback(self._written_down)
         try:
             # What is late goes on: the next description is written after it.
-            return await asyncio.wait_for(asyncio.shield(writing), deadline_s)
+            digest, _ = await asyncio.wait_for(asyncio.shield(writing), deadline_s)
+            return digest
         except TimeoutError:
             raise OSError(
                 errno.ETIMEDOUT,
@@ -63,8 +69,13 @@ class Files:
                 str(self.directory.path),
             ) from None
 
-    def _replace(self, description: Description, *, durable: bool) -> str:
-        """Run by the writer's thread."""
+    def _written_down(self, writing: asyncio.Future[tuple[str, set[str]]]) -> None:
+        """Nobody may wait for it any more: then its failure is known already, or told later."""
+        if not writing.cancelled() and writing.exception() is None:
+            self.remove(writing.result()[1])
+
+    def _replace(self, description: Description, *, durable: bool) -> tuple[str, set[str]]:
+        """Run by the writer's thread. The SHA-256, and the files that nobody needs any more."""
         names = description.files()
         try:
             digest = self.directory.write(description, durable=durable)
@@ -79,8 +90,7 @@ class Files:
             self._written = names
             gone = self._released - self._named()
             self._released -= gone
-        self.unlink(gone)
-        return digest
+        return digest, gone
 
     def _named(self) -> set[str]:
         return self._written.union(*self._on_their_way)
@@ -92,19 +102,37 @@ class Files:
             if name in self._named():
                 self._released.add(name)
                 return
-        self.unlink([name])
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            self.unlink([name])  # a thread of a pool, which may wait
+        else:
+            self.remove([name])
+
+    def remove(self, names: Collection[str]) -> None:
+        """Remove files, in a thread; on the loop's. Once closed, the next start sweeps them."""
+        if names:
+            with suppress(OSError):
+                self._remover.run(self.unlink, names)
+
+    async def removed(self) -> None:
+        """Return when all that was to be removed until now is."""
+        await self._remover.run(int)
+
+    def close(self) -> None:
+        """Write nothing any more, and let go of the directory when everything has ended."""
+        self.writer.close(partial(self._remover.close, self.directory.close))
+
+    async def wait_closed(self) -> None:
+        """Return when others can have the directory."""
+        await self.writer.wait_closed()
+        await self._remover.wait_closed()
 
     def unlink(self, names: Iterable[str]) -> None:
-        """Remove files; what stays is told, and swept at the next start."""
+        """Remove files; what stays is told, and swept at the next start. Blocks."""
         for name in names:
             path = self.directory.files / name
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 logger.warning("%s stays until the next start: %s", path, error.strerror)
-
-
-def _look_at(writing: asyncio.Future[Any]) -> None:
-    """Nobody may wait for it any more: then its failure is known already, or told later."""
-    if not writing.cancelled():
-        writing.exception()

@@ -179,7 +179,7 @@ class FileStore:
         key = session_id, disk
         self.names.bits.setdefault(key, entry.bits)
         self.names.temps[key] = entry.temp
-        self._files.unlink([entry.temp.file])
+        self._files.remove([entry.temp.file])
 
     def adopt_fleece_bits(
         self, session_id: str, disk: str, file: MappedFile, name: str
@@ -268,6 +268,7 @@ class FileStore:
         await self.settle()
         while self._closing:
             await asyncio.wait(set(self._closing))
+        await self._files.removed()
 
     async def save(self) -> None:
         """Sync everything, then leave the clean mark. Raises OSError, and leaves none then.
@@ -310,11 +311,11 @@ class FileStore:
             if files.file is not None:
                 files.file.close()
         self._makers.close()
-        self._files.writer.close(self.directory.close)
+        self._files.close()
 
     async def wait_closed(self) -> None:
         """Return when others can have the directory."""
-        await self._files.writer.wait_closed()
+        await self._files.wait_closed()
 
     # -- inside ----------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -207,3 +207,34 @@ async def test_a_bitmap_stays_in_its_chain_if_that_it_leaves_it_cannot_be_writte
         assert chain.since is not None
         assert chain.since.session == "one"
         assert chain.bitmap.count_bytes() == 65536
+
+
+async def test_what_a_session_leaves_is_removed_in_nobody_s_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with writer(tmp_path) as state:
+        may_go = threading.Event()
+        unlink = Files.unlink
+        threads = set()
+
+        def slow(files: Files, names: Iterable[str]) -> None:
+            threads.add(threading.current_thread())
+            assert may_go.wait(10)
+            unlink(files, names)
+
+        monkeypatch.setattr(Files, "unlink", slow)
+        try:
+            await state.begin("old", "vda")
+            state.server.finish("old")
+            async with asyncio.timeout(5):
+                await state.begin("new", "vda")  # guests are held until it is described
+                await state.store.settle()
+        finally:
+            may_go.set()
+        async with asyncio.timeout(10):
+            await state.store.wait_ended()
+        await state.server.stop()
+        assert threads
+        assert threading.main_thread() not in threads
+        left = sorted(path.name.partition("-")[0] for path in state.store.directory.files.iterdir())
+        assert left == ["bitmap", "fleece", "stamps", "temp"]
