@@ -101,14 +101,14 @@ class Server:
     # -- disks and sessions ----------------------------------------------------------------
 
     def add_disk(self, disk: Disk) -> None:
-        """Serve a disk. Raises OSError(EEXIST) if its name is taken."""
+        """Serve a disk. Raises OSError: EEXIST if its name is taken."""
         if disk.name in self.disks:
             raise OSError(errno.EEXIST, f"there is a disk called {disk.name} already")
         if self.stopping:
             raise OSError(errno.ESHUTDOWN, f"disk {disk.name} cannot come: the server is stopping")
-        self.disks[disk.name] = disk
         if self.store is not None:
             self.store.add_disk(disk)
+        self.disks[disk.name] = disk
         # Readers of what nobody writes are in nobody's way.
         shared = 0 if self.read_only else self._shared
         self.exports[disk.name] = GuestExport(disk, read_only=self.read_only, shared=shared)

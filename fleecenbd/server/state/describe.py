@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from fleecenbd.engine import recording
-from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.own_bits import OwnBits, bitmaps_with
 from fleecenbd.engine.recording import RecordingBitmap
@@ -21,13 +20,13 @@ from fleecenbd.server.state.description import (
     SessionEntry,
     Since,
 )
+from fleecenbd.server.state.disks import DiskFiles
 from fleecenbd.server.state.names import Extra, Names, Unserved
-from fleecenbd.server.state.trust import Image, real_path
 
 
 def describe(
     boot: str,
-    disks: Mapping[str, Disk],
+    disks: Mapping[str, DiskFiles],
     sessions: Iterable[Session],
     names: Names,
     *,
@@ -37,11 +36,9 @@ def describe(
 ) -> Description:
     """What is true in this step, with every session armed that is being armed. ``is_clean``: nobody
     of us writes any more.
-
-    Raises OSError where an image does not tell what it is.
     """
     listed = list(sessions)
-    bitmaps = {name: bitmaps_with(disk, *listed) for name, disk in disks.items()}
+    bitmaps = {name: bitmaps_with(of.disk, *listed) for name, of in disks.items()}
     needed = {name for name, found in bitmaps.items() if found}
     needed |= {fleece.disk.name for session in listed for fleece in session.fleeces}
     return Description(
@@ -62,11 +59,11 @@ def describe(
     )
 
 
-def _disk(disk: Disk, names: Names, is_clean: bool) -> DiskEntry:
-    image = Image.of(disk.device)
+def _disk(files: DiskFiles, names: Names, is_clean: bool) -> DiskEntry:
+    disk, image = files.disk, files.image
     return DiskEntry(
         disk.name,
-        real_path(disk.device.name),
+        files.path,
         image.kind,
         image.device,
         image.inode,

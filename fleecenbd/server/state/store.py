@@ -22,13 +22,13 @@ from fleecenbd.engine.session import Session
 from fleecenbd.engine.store import FleeceBits, RecordingBits
 from fleecenbd.server.state.bits import FileFleeceBits, FileRecordingBits
 from fleecenbd.server.state.directory import StateDirectory
+from fleecenbd.server.state.disks import DiskFiles
 from fleecenbd.server.state.files import COMMIT_DEADLINE_S, Files
 from fleecenbd.server.state.names import Extra, Names, Unserved
 from fleecenbd.server.state.trust import Image
 from fleecenbd.storage.device import Device
 from fleecenbd.storage.mapped import MappedFile
 from fleecenbd.storage.pool import ThreadPool
-from fleecenbd.storage.stamps import Stamps
 from fleecenbd.storage.temp import TempImage
 
 if TYPE_CHECKING:
@@ -42,14 +42,6 @@ STAMPS = "stamps-"
 Result = TypeVar("Result")
 
 
-class _DiskFiles:
-    def __init__(self, disk: Disk) -> None:
-        self.disk = disk
-        self.stamps = Stamps()
-        self.file: MappedFile | None = None
-        self.making = asyncio.Lock()
-
-
 class FileStore:
     """Where everything of one server lives that lasts."""
 
@@ -61,7 +53,7 @@ class FileStore:
         self.names = Names()
         self.unserved = Unserved()
         self._boot = boot
-        self._disks: dict[str, _DiskFiles] = {}
+        self._disks: dict[str, DiskFiles] = {}
         self._sessions: dict[str, Session] = {}
         self._fleeces: dict[tuple[str, str], FileFleeceBits] = {}
         self._bitmaps: dict[str, FileRecordingBits] = {}
@@ -76,7 +68,7 @@ class FileStore:
 
     def add_disk(self, disk: Disk) -> None:
         """A disk is served from now on; nothing is in flight on it yet."""
-        files = self._disks[disk.name] = _DiskFiles(disk)
+        files = self._disks[disk.name] = DiskFiles(disk)
         disk.stamps = files.stamps
 
     def remove_disk(self, name: str) -> None:
@@ -285,6 +277,7 @@ class FileStore:
         for name, files in self._disks.items():
             if files.disk.active_writes:
                 raise OSError(errno.EBUSY, "a write to it has not ended", name)
+            files.image = await self._makers.run(Image.of, files.disk.device)
         mapped = [bits.file for bits in self._fleeces.values()]
         mapped += [bits.file for bits in self._bitmaps.values()]
         for file in mapped:
@@ -324,7 +317,7 @@ class FileStore:
 
         return describe(
             self._boot,
-            {name: files.disk for name, files in self._disks.items()},
+            self._disks,
             self._sessions.values(),
             self.names,
             extras=self.extras,
@@ -358,8 +351,9 @@ class FileStore:
             file_name = f"{STAMPS}{random_uuid()}"
             file = await self._map(file_name, {"kind": "stamps", "disk": name}, {})
             try:
-                files.stamps.attach(file, Image.of(files.disk.device).mtime_ns)
-            except OSError:
+                files.image = await self._makers.run(Image.of, files.disk.device)
+                files.stamps.attach(file, files.image.mtime_ns)
+            except BaseException:
                 file.close()
                 self._files.release(file.path)
                 raise

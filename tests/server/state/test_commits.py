@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -21,6 +22,8 @@ from fleecenbd.server.state.directory import StateDirectory
 from fleecenbd.server.state.files import Files
 from fleecenbd.server.state.recovery import recover
 from fleecenbd.server.state.store import FileStore
+from fleecenbd.server.state.trust import Image
+from fleecenbd.storage.device import Device
 from fleecenbd.storage.file import FileDevice
 
 SIZE = 1 << 20
@@ -238,3 +241,30 @@ async def test_what_a_session_leaves_is_removed_in_nobody_s_way(
         assert threading.main_thread() not in threads
         left = sorted(path.name.partition("-")[0] for path in state.store.directory.files.iterdir())
         assert left == ["bitmap", "fleece", "stamps", "temp"]
+
+
+async def test_the_loop_asks_no_image_that_may_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with writer(tmp_path) as state:
+        threads = set()
+        of, realpath = Image.of, os.path.realpath
+
+        def asked(device: Device) -> Image:
+            threads.add(threading.current_thread())
+            return of(device)
+
+        def followed(path: str) -> str:
+            threads.add(threading.current_thread())
+            return realpath(path)
+
+        monkeypatch.setattr(Image, "of", asked)
+        monkeypatch.setattr(os.path, "realpath", followed)
+        await state.begin("one", "vda", "vdb")
+        await Bitmaps(state.server).add("vda", "other", 65536)
+        state.server.finish("one")
+        await state.store.wait_ended()
+        assert await state.server.stop()
+        monkeypatch.undo()
+        assert threads
+        assert threading.main_thread() not in threads
