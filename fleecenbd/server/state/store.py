@@ -22,7 +22,7 @@ from fleecenbd.engine.session import Session
 from fleecenbd.engine.store import FleeceBits, RecordingBits
 from fleecenbd.server.state.bits import FileFleeceBits, FileRecordingBits
 from fleecenbd.server.state.directory import StateDirectory
-from fleecenbd.server.state.disks import DiskFiles
+from fleecenbd.server.state.disks import DiskFiles, take_back
 from fleecenbd.server.state.files import COMMIT_DEADLINE_S, Files
 from fleecenbd.server.state.names import Extra, Names, Unserved
 from fleecenbd.server.state.trust import Image
@@ -70,6 +70,11 @@ class FileStore:
         """A disk is served from now on; nothing is in flight on it yet."""
         files = self._disks[disk.name] = DiskFiles(disk)
         disk.stamps = files.stamps
+        self.unserved, unneeded = take_back(disk, self.unserved)
+        if disk.bitmaps:
+            for name in unneeded:
+                self._files.release(name)
+            self._start(self._commit_disks(disk.name), self._committing)
 
     def remove_disk(self, name: str) -> None:
         """It is served no more: its bitmaps go, and that is written down."""
@@ -81,13 +86,13 @@ class FileStore:
         if files.file is not None:
             files.file.close()
             self._files.release(files.file.path)
-            self._start(self._commit_removal(name), self._committing)
+            self._start(self._commit_disks(name), self._committing)
 
-    async def _commit_removal(self, name: str) -> None:
+    async def _commit_disks(self, name: str) -> None:
         try:
             await self.commit()
         except OSError as error:
-            logger.error("that disk %s was removed could not be written down: %s", name, error)
+            logger.error("whether disk %s is served could not be written down: %s", name, error)
 
     # -- engine.store.Store ----------------------------------------------------------------
 

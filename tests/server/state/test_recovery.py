@@ -344,6 +344,40 @@ async def test_sessions_end_where_that_is_asked_for(place: Place) -> None:
     await server.stop()
 
 
+@pytest.mark.parametrize("way", ["kill", "stop"])
+async def test_a_disk_that_comes_at_run_time_has_lost_the_bitmaps_that_did_not_record(
+    tmp_path: Path, way: str
+) -> None:
+    place = Place(tmp_path, ("vda", "vdb"))
+    server = await place.start()
+    await _begin(server)
+    server.finish("s1")
+    await server.stop()
+    place.names = ["vda"]
+    server = await place.start()
+    vdb = Disk("vdb", FileDevice.open(place.image("vdb")))
+    server.add_disk(vdb)
+    await vdb.write(0, b"unrecorded")
+    assert vdb.bitmaps["chain"].lost is not None
+    assert "started without it" in vdb.bitmaps["chain"].lost
+    await _begin(server, "s2", "use-or-new")
+    modes = [fleece.own.mode for fleece in server.sessions["s2"].fleeces if fleece.own is not None]
+    assert modes == ["use", "new"]
+    server.finish("s2")
+    assert server.store is not None
+    await server.store.wait_ended()
+    assert [name.partition("-")[0] for name in place.files] == ["bitmap"] * 2 + ["stamps"] * 2
+    await (place.kill(server) if way == "kill" else server.stop())
+    place.names = ["vda", "vdb"]
+    server = await place.start()
+    for disk in server.disks.values():
+        bitmap = disk.bitmaps["chain"]
+        assert bitmap.lost is None
+        assert bitmap.since is not None
+        assert bitmap.since.session == "s2"
+    await server.stop()
+
+
 async def test_a_description_that_cannot_be_written_fails_the_session_and_leaves_nothing(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
