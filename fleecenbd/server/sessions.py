@@ -116,7 +116,10 @@ class Sessions:
             task.add_done_callback(partial(self._begin_ended, name))
             return await asyncio.shield(task)
         self._check_same(name, ask, running[0])
-        return replace(await asyncio.shield(running[1]), is_new=False)
+        begun = await asyncio.shield(running[1])
+        if self._server.sessions.get(name) is not begun.session:
+            return await self.begin(name, ask)  # it was finished while the guest was being thawed
+        return replace(begun, is_new=False)
 
     def _begin_ended(self, name: str, task: asyncio.Task[Begun]) -> None:
         del self._beginning[name]

@@ -201,11 +201,31 @@ async def test_a_client_that_goes_while_the_guest_is_frozen_changes_nothing(
     assert log.read_text().splitlines() == ["freeze n vda", "thaw n vda"]
 
 
+async def test_who_asks_again_gets_no_session_that_was_finished_meanwhile(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    async with controlled(Hooks(None, f"until [ -e {go} ]; do sleep 0.01; done")) as control:
+        server = control.served.server
+        first = asyncio.ensure_future(control.put("sessions/n", {"owner": "me"}))
+        while "n" not in server.sessions:
+            await control.served.settled()
+        again = asyncio.ensure_future(
+            control.sessions.begin("n", control.sessions._beginning["n"][0])
+        )
+        await control.served.settled()
+        finished = await control.delete("sessions/n")
+        go.touch()
+        assert (await first)["id"] == finished["id"]
+        begun = await again
+        assert begun.is_new
+        assert server.sessions["n"] is begun.session
+        assert begun.session.id != finished["id"]
+
+
 async def test_a_server_that_stops_while_the_guest_is_frozen_thaws_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
     async with controlled(Hooks(f"{_noting(log)}; sleep 1000", _noting(log))) as control:
         asked = asyncio.ensure_future(control.call("PUT", "sessions/n"))
-        while not control.sessions._beginning:
+        while not log.exists():
             await control.served.settled()
         async with asyncio.timeout(10):
             await control.sessions.close()
