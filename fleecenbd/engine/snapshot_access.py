@@ -82,20 +82,21 @@ class SnapshotAccess:
     def _read_mixed_now(self, first: int, end: int, offset: int, length: int) -> Buffer | None:
         """The active image in one call, and over it, run by run, what the temp image holds."""
         state = self._state
-        source_data = state.source.pread_now(offset, length)
+        try:
+            source_data = state.source.pread_now(offset, length)
+        except OSError:
+            return None  # it may lie where nothing is read: ``read`` goes run by run
         if source_data is None:
             return None
         data = source_data if isinstance(source_data, bytearray) else bytearray(source_data)
-        shift = state.shift
-        find = state.done.bits.find
-        read_into = state.target.pread_into_now
+        shift, find = state.shift, state.done.bits.find
         with memoryview(data) as view:
             while (first := find(1, first, end)) >= 0:
-                stop = find(0, first, end)
-                if stop < 0:
+                if (stop := find(0, first, end)) < 0:
                     stop = end
                 low = max(0, (first << shift) - offset)
-                if not read_into(offset + low, view[low : (stop << shift) - offset]):
+                run = view[low : (stop << shift) - offset]
+                if not state.target.pread_into_now(offset + low, run):
                     return None
                 first = stop
         return data

@@ -55,6 +55,22 @@ async def test_a_read_in_one_step_may_begin_and_end_inside_runs_of_the_temp_imag
 
 
 @simulated
+async def test_an_active_image_that_fails_where_it_is_not_needed_fails_nobody() -> None:
+    scene = Scene(8)
+    fleece = await scene.arm()
+    await scene.write(1)
+
+    def failing(offset: int, length: int) -> bytes | None:
+        if offset < 2 * CLUSTER and offset + length > CLUSTER:
+            raise OSError(errno.EIO, "a bad block")
+        return bytes(scene.active.content[offset : offset + length])
+
+    scene.active.pread_now = failing  # type: ignore[method-assign]
+    assert fleece.read_now(0, 3 * CLUSTER) is None
+    assert await fleece.read(0, 3 * CLUSTER) == scene.old(0, 3)
+
+
+@simulated
 async def test_what_an_active_image_hands_out_for_good_is_not_written_over() -> None:
     scene = Scene(8)
     fleece = await scene.arm()
