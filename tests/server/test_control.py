@@ -518,6 +518,16 @@ async def test_the_document_in_docs_is_that_of_the_code() -> None:
         assert await control.get("openapi.json") == json.loads(openapi.text())
 
 
+def test_a_description_in_the_document_has_no_indent_of_the_source() -> None:
+    described = [
+        schema["description"]
+        for schema in openapi.document()["components"]["schemas"].values()
+        if "description" in schema
+    ]
+    assert any("\n" in text for text in described)
+    assert not any("\n " in text for text in described)
+
+
 async def test_every_call_is_in_the_document_and_on_its_page() -> None:
     async with controlled() as control:
         await control.get("disks")
