@@ -9,6 +9,10 @@ from fleecenbd.storage.device import Extent
 
 STATUS_WINDOW = 128 << 20
 """Bytes that a device is asked for at first."""
+STATUS_WINDOW_ONE = 256 << 10
+"""Where only the first extent is asked for, which may be short,"""
+STATUS_WINDOW_ONE_GROWTH = 4
+"""and how many times as long each next window is."""
 STATUS_WINDOW_MAX = 4 << 30
 STATUS_EXTENTS_MAX = 16 << 10
 """An answer ends after the window in which it passed this many extents."""
@@ -36,10 +40,13 @@ async def windowed_status(
     ``status`` may tell about less than it is asked for: the answer ends there.
 
     A client may ask about 2 GiB, or a whole disk, only to look at the first extent: without
-    windows each of its requests would map the rest again. ``one``: the first extent only.
+    windows each of its requests would map the rest again. ``one``: the first extent only. QEMU
+    maps an image so, a request for each extent: windows that were long from the start would make
+    that take time with the square of the extents.
     """
     stop = offset + length
-    window = STATUS_WINDOW
+    window = min(STATUS_WINDOW, STATUS_WINDOW_ONE) if one else STATUS_WINDOW
+    growth = STATUS_WINDOW_ONE_GROWTH if one else 2
     extents: list[Extent] = []
     while offset < stop:
         part = min(window, stop - offset)
@@ -52,5 +59,5 @@ async def windowed_status(
             break
         # A window that asked no device has awaited nothing: others must have their turn.
         await asyncio.sleep(0)
-        window = min(window * 2, STATUS_WINDOW_MAX)
+        window = min(window * growth, STATUS_WINDOW_MAX)
     return extents[:1] if one else extents

@@ -22,6 +22,7 @@ import errno
 
 from bitarray import bitarray
 
+from fleecenbd.engine.bit_status import access_extents, dirty_extents
 from fleecenbd.engine.block_copy import BlockCopy
 from fleecenbd.engine.extents import (
     STATUS_EXTENTS_MAX,
@@ -36,13 +37,6 @@ from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO, Buffer, Extent
 
 READ_NOW_LENGTH_MAX = 1 << 20
 """Bytes. A longer read would keep the loop from everybody else: it goes to the pool."""
-ACCESS_READABLE = 1
-"""x-fleecenbd:access: the range may still be read."""
-ACCESS_IN_TEMP = 2
-"""x-fleecenbd:access: the range is held in the temp image."""
-DIRTY = 1
-"""qemu:dirty-bitmap: the range changed since the bitmap's ``since``."""
-
 _DATA = 0
 _ZERO = EXTENT_HOLE | EXTENT_ZERO
 
@@ -288,7 +282,7 @@ class SnapshotAccess:
             append_extent(extents, run_stop - offset, _ZERO if bit else _DATA)
             offset = run_stop
 
-    def access_status(self, offset: int, length: int) -> list[Extent]:
+    def access_status(self, offset: int, length: int, *, one: bool = False) -> list[Extent]:
         """x-fleecenbd:access of a range, as it is in this step: (length, ACCESS_* bits) runs.
 
         They may cover less than ``length``, as those of ``status``.
@@ -296,18 +290,9 @@ class SnapshotAccess:
         state = self._state
         if state.dead:
             raise state.death()
-        extents: list[Extent] = []
-        for start, run, readable in state.access.runs(offset, length):
-            if not readable:
-                append_extent(extents, run, 0)
-                continue
-            for _, part, in_temp in state.done.runs(start, run):
-                append_extent(extents, part, ACCESS_READABLE | (ACCESS_IN_TEMP if in_temp else 0))
-                if len(extents) > STATUS_EXTENTS_MAX:
-                    return extents
-        return extents
+        return access_extents(state.access, state.done, offset, length, one=one)
 
-    def dirty_status(self, offset: int, length: int) -> list[Extent]:
+    def dirty_status(self, offset: int, length: int, *, one: bool = False) -> list[Extent]:
         """qemu:dirty-bitmap of a range: (length, DIRTY or 0) runs of the session's own bits.
 
         The same for the session's whole life. They may cover less than ``length``, as those of
@@ -316,12 +301,7 @@ class SnapshotAccess:
         assert self._own is not None, "the context is on offer only then"
         if self._state.dead:
             raise self._state.death()
-        extents: list[Extent] = []
-        for _, run, dirty in self._own.bitmap.runs(offset, length):
-            append_extent(extents, run, DIRTY if dirty else 0)
-            if len(extents) > STATUS_EXTENTS_MAX:
-                break
-        return extents
+        return dirty_extents(self._own.bitmap, offset, length, one=one)
 
     # -- TRIM ------------------------------------------------------------------------------
 

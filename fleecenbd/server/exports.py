@@ -214,9 +214,9 @@ class FleecingExport:
             extents[BASE_ALLOCATION] = await self.fleece.status(offset, length, one=one)
         # Taken in the last step before the reply.
         if self._dirty is not None and self._dirty in names:
-            extents[self._dirty] = self.fleece.dirty_status(offset, length)
+            extents[self._dirty] = self.fleece.dirty_status(offset, length, one=one)
         if ACCESS in names:
-            extents[ACCESS] = self.fleece.access_status(offset, length)
+            extents[ACCESS] = self.fleece.access_status(offset, length, one=one)
         return [extents[name] for name in names]
 
 

@@ -79,7 +79,17 @@ async def test_an_answer_ends_with_the_window_that_passed_the_most_extents() -> 
 async def test_the_first_extent_alone_is_known_once_a_second_begins() -> None:
     asked = Asked(20)
     assert await windowed_status(asked.status, 0, 1000, one=True) == [(20, 0)]
-    assert asked.calls == [(0, 8), (8, 16)]
+    assert asked.calls == [(0, 8), (8, 32)]
+
+
+@simulated
+async def test_who_wants_the_first_extent_alone_begins_with_a_short_window() -> None:
+    asked = Asked(4096)
+    assert await windowed_status(asked.status, 8192, 1 << 31, one=True) == [(4096, 0)]
+    assert asked.calls == [(8192, module.STATUS_WINDOW_ONE)]
+    asked = Asked(1 << 40)
+    assert await windowed_status(asked.status, 0, 1 << 31, one=True) == [(1 << 31, 0)]
+    assert len(asked.calls) < 10
 
 
 @pytest.mark.usefixtures("windows")

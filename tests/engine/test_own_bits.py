@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fleecenbd.engine import snapshot_access
+from fleecenbd.engine import bit_status
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.own_bits import bitmaps_with
 from fleecenbd.engine.recording import BitmapRequest, RecordingBitmap, Since, clear
@@ -651,7 +651,7 @@ async def test_a_dirty_map_of_very_many_extents_ends_early() -> None:
     await night.write(0, 2, 4)
     fleece = (await night.arm("use")).fleeces[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(snapshot_access, "STATUS_EXTENTS_MAX", 2)
+        patch.setattr(bit_status, "STATUS_EXTENTS_MAX", 2)
         assert fleece.dirty_status(0, night.disk.size) == [(CLUSTER, n) for n in (1, 0, 1)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fleecenbd.engine import snapshot_access
+from fleecenbd.engine import bit_status, snapshot_access
 from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.snapshot_access import READ_NOW_LENGTH_MAX
 from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO
@@ -372,7 +372,7 @@ async def test_the_access_map_says_what_may_be_read_and_what_is_held_in_temp() -
 
 @simulated
 async def test_maps_of_many_extents_end_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot_access, "STATUS_EXTENTS_MAX", 4)
+    monkeypatch.setattr(bit_status, "STATUS_EXTENTS_MAX", 4)
     scene, fleece = await _sparse_scene(16 * CLUSTER, set(range(16)))
     await asyncio.gather(*(scene.write(cluster) for cluster in range(0, 16, 2)))
     assert fleece.access_status(0, scene.size) == [
