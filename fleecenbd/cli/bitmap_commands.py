@@ -10,6 +10,8 @@ import typer
 from fleecenbd.cli import logs, values
 from fleecenbd.cli.command import StrictCommand
 from fleecenbd.cli.control_commands import AsJson, Control, DiskName, call
+from fleecenbd.cli.errors import UsageError
+from fleecenbd.engine.recording import check_granularity
 
 bitmap_app = typer.Typer(help="Recording bitmaps: what has changed on a disk, and since when.")
 
@@ -27,6 +29,15 @@ def _print_if(as_json: bool, answer: Any) -> None:
         print(json.dumps(answer, ensure_ascii=False, indent=2))
 
 
+def _granularity(text: str) -> int:
+    count = values.parse_size(text, "--granularity")
+    try:
+        check_granularity(count)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+    return count
+
+
 @bitmap_app.command("add", cls=StrictCommand)
 def add(
     disk: DiskName,
@@ -42,7 +53,7 @@ def add(
     words = _checked(disk, name)
     body = {}
     if granularity is not None:
-        body["granularity"] = values.parse_size(granularity, "--granularity")
+        body["granularity"] = _granularity(granularity)
     _print_if(as_json, call(control, "PUT", *words, body=body))
 
 

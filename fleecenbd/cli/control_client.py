@@ -18,7 +18,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from fleecenbd.cli.errors import CommandError, one_line
+from fleecenbd.cli.errors import CommandError, UsageError, one_line
 from fleecenbd.cli.places import CONTROL_SUFFIX, default_control, default_socket
 
 Result = TypeVar("Result")
@@ -26,13 +26,23 @@ Result = TypeVar("Result")
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 300.0
 """Seconds: arming, and both hooks, take less."""
+LOOK_TIMEOUT_S = 15.0
+"""Seconds that a call that only looks may take: a server that is there answers it at once."""
 NBD_GREETING = b"NBDMAGIC"
 
 
 def control_path(given: str | None) -> str:
     """The control socket's path. Raises UsageError where there is none by default."""
     path = given or os.environ.get("FLEECENBD_CONTROL")
-    return path or default_control(str(default_socket(os.environ, os.geteuid())))
+    if path:
+        return path
+    try:
+        return default_control(str(default_socket(os.environ, os.geteuid())))
+    except UsageError:
+        raise UsageError(
+            "there is no default control socket: XDG_RUNTIME_DIR is not set; "
+            "say where the server's is with --control or FLEECENBD_CONTROL"
+        ) from None
 
 
 class ControlClient:
@@ -50,12 +60,19 @@ class ControlClient:
         # Names are quoted already.
         url = f"http://fleecenbd/v1/{path}" + (f"?result={result}" if result is not None else "")
         data = None if body is None else msgspec.json.encode(body)
+        total_s = LOOK_TIMEOUT_S if method == "GET" else ANSWER_TIMEOUT_S
+        timeout = aiohttp.ClientTimeout(total=total_s, connect=CONNECT_TIMEOUT_S)
         try:
-            async with self._session.request(method, URL(url, encoded=True), data=data) as answer:
+            async with self._session.request(
+                method, URL(url, encoded=True), data=data, timeout=timeout
+            ) as answer:
                 content = await answer.read()
                 status = answer.status
         except TimeoutError:
-            raise CommandError(f"no answer from the server at {self.path} in time") from None
+            raise CommandError(
+                f"no answer from the server at {self.path} in time: it is stopped (SIGSTOP, a "
+                "debugger), or hangs; look at its process and its log, and ask again"
+            ) from None
         except aiohttp.ClientConnectorError as error:
             raise CommandError(_no_server(self.path, error.errno)) from None
         except (aiohttp.ClientError, OSError) as error:
@@ -80,9 +97,8 @@ def call_server(given: str | None, work: Callable[[ControlClient], Awaitable[Res
 
 
 async def _with_client(path: str, work: Callable[[ControlClient], Awaitable[Result]]) -> Result:
-    timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     connector = aiohttp.UnixConnector(path=path)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+    async with aiohttp.ClientSession(connector=connector) as session:
         return await work(ControlClient(path, session))
 
 

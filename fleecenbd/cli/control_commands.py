@@ -295,6 +295,8 @@ def status(
     if watch and as_json:
         raise UsageError("--watch cannot be given with --json; GET /v1/events tells what happens")
     if watch:
+        if not sys.stdout.isatty():
+            raise UsageError("--watch needs a terminal; leave it out, or use --json")
         _watch(control)
         return
     answer = call(control, "GET", "status")
@@ -314,12 +316,17 @@ def _watch(control: str | None) -> None:
     from fleecenbd.cli.control_client import ControlClient, call_server
 
     async def work(client: ControlClient) -> None:
-        first = Group(*tables.status_parts(await client.call("GET", "status")))
-        with Live(first, console=tables.console(), auto_refresh=False) as live:
+        console = tables.console()
+
+        async def look() -> Group:
+            answer = await client.call("GET", "status")
+            brief = console.width < tables.BRIEF_BELOW
+            return Group(*tables.status_parts(answer, brief=brief))
+
+        with Live(await look(), console=console, auto_refresh=False) as live:
             while True:
                 await asyncio.sleep(WATCH_INTERVAL_S)
-                answer = await client.call("GET", "status")
-                live.update(Group(*tables.status_parts(answer)), refresh=True)
+                live.update(await look(), refresh=True)
 
     try:
         call_server(control, work)

@@ -15,6 +15,8 @@ from rich.text import Text
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 PLAIN_WIDTH = 250
 """Columns where the output is no terminal: lines are not to be cut."""
+BRIEF_BELOW = 132
+"""Columns of a terminal below which what is shown again and again leaves columns out."""
 
 
 def console() -> Console:
@@ -55,19 +57,24 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def disk_table(disks: Iterable[Mapping[str, Any]]) -> Table:
-    """A line for each disk."""
-    table = _table("DISK", "SIZE", "CLIENTS", "SESSIONS", "GUEST WRITES", "IMAGE")
+def disk_table(disks: Iterable[Mapping[str, Any]], *, brief: bool = False) -> Table:
+    """A line for each disk; ``brief``: clients are counted, and no images."""
+    table = _table("DISK", "SIZE", "CLIENTS", "SESSIONS", "GUEST WRITES")
+    if not brief:
+        table.add_column("IMAGE", no_wrap=True)
     for disk in disks:
-        clients, sessions = ", ".join(disk["clients"]), ", ".join(disk["sessions"])
-        row = (disk["name"], size(disk["size"]), clients or "-", sessions or "-")
-        table.add_row(*map(Text, (*row, str(disk["guest_writes"]), disk["image"])))
+        clients = str(len(disk["clients"])) if brief else ", ".join(disk["clients"]) or "-"
+        sessions = ", ".join(disk["sessions"]) or "-"
+        row = (disk["name"], size(disk["size"]), clients, sessions, str(disk["guest_writes"]))
+        table.add_row(*map(Text, row if brief else (*row, disk["image"])))
     return table
 
 
-def session_table(sessions: Iterable[Mapping[str, Any]]) -> Table:
-    """A line for each session."""
-    table = _table("SESSION", "STATE", "BEGUN", "DISKS", "PAUSE", "TEMP", "ID")
+def session_table(sessions: Iterable[Mapping[str, Any]], *, brief: bool = False) -> Table:
+    """A line for each session; ``brief``: without its id."""
+    table = _table("SESSION", "STATE", "BEGUN", "DISKS", "PAUSE", "TEMP")
+    if not brief:
+        table.add_column("ID", no_wrap=True)
     for session in sessions:
         disks = session["disks"]
         row = (
@@ -77,9 +84,8 @@ def session_table(sessions: Iterable[Mapping[str, Any]]) -> Table:
             ", ".join(disk["disk"] for disk in disks),
             f"{session['pause_ms']:.1f} ms",
             size(sum(disk["temp"]["now"] for disk in disks)),
-            session["id"],
         )
-        table.add_row(*map(Text, row))
+        table.add_row(*map(Text, row if brief else (*row, session["id"])))
     return table
 
 
@@ -99,29 +105,23 @@ def bitmap_table(bitmaps: Mapping[str, Iterable[Mapping[str, Any]]]) -> Table:
     return table
 
 
-def fleece_table(sessions: Iterable[Mapping[str, Any]]) -> Table:
-    """A bar for each fleece: how much of it the backup has released."""
-    table = _table(
-        "EXPORT", "RELEASED", "", "LEFT", "TEMP", "PEAK", "LIMIT", "GUEST P99", "CLIENTS"
-    )
+def fleece_table(sessions: Iterable[Mapping[str, Any]], *, brief: bool = False) -> Table:
+    """A bar for each fleece: how much of it the backup has released; ``brief``: less beside it."""
+    table = _table("EXPORT", "RELEASED", "", "LEFT", "TEMP", "GUEST P99")
+    if not brief:
+        for column in ("PEAK", "LIMIT", "CLIENTS"):
+            table.add_column(column, no_wrap=True)
     for session in sessions:
         for disk in session["disks"]:
-            done, whole = disk["released"], disk["size"]
+            done, whole, temp = disk["released"], disk["size"], disk["temp"]
+            row = [size(disk["accessible"]), size(temp["now"]), duration(disk["guest_wait"]["p99"])]
+            if not brief:
+                row += [size(temp["peak"]), size(temp["limit"]), str(len(disk["clients"]))]
             table.add_row(
                 Text(disk["export"]),
                 ProgressBar(total=max(whole, 1), completed=done, width=20),
                 Text(f"{100 * done / max(whole, 1):3.0f} %"),
-                *map(
-                    Text,
-                    (
-                        size(disk["accessible"]),
-                        size(disk["temp"]["now"]),
-                        size(disk["temp"]["peak"]),
-                        size(disk["temp"]["limit"]),
-                        duration(disk["guest_wait"]["p99"]),
-                        str(len(disk["clients"])),
-                    ),
-                ),
+                *map(Text, row),
             )
     return table
 
@@ -185,18 +185,19 @@ def _own_bitmap(own: Mapping[str, Any]) -> str:
     return text if own["reason"] is None else f"{text}: {own['reason']}"
 
 
-def status_parts(status: Mapping[str, Any]) -> Sequence[RenderableType]:
-    """What ``fleecenbd status`` shows."""
+def status_parts(status: Mapping[str, Any], *, brief: bool = False) -> Sequence[RenderableType]:
+    """What ``fleecenbd status`` shows; ``brief``: what fits into 80 columns, nothing finished."""
     active = [session for session in status["sessions"] if session["state"] != "finished"]
     parts: list[RenderableType] = [
         Text(f"fleecenbd {status['version']}, pid {status['pid']}"),
         Text(""),
-        disk_table(status["disks"]),
+        disk_table(status["disks"], brief=brief),
     ]
-    if status["sessions"]:
-        parts += [Text(""), session_table(status["sessions"])]
+    if sessions := active if brief else status["sessions"]:
+        parts += [Text(""), session_table(sessions, brief=brief)]
     if active:
-        parts += [Text(""), fleece_table(active)]
+        parts += [Text(""), fleece_table(active, brief=brief)]
+    if active and not brief:
         uris = Table.grid(padding=(0, 2))
         for session in active:
             for disk in session["disks"]:

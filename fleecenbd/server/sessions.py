@@ -73,6 +73,8 @@ class _Known:
     used_at: float
     """The loop's time of the last request."""
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
+    over: str | None = None
+    """Why it is ended by nobody who asked: which of its times is over."""
 
 
 class Sessions:
@@ -206,7 +208,7 @@ class Sessions:
         if ask.ttl_s is not None:
             left = session.armed_at + ask.ttl_s - time.time()
             known.timers["ttl"] = loop.call_later(
-                max(left, 0), self._too_old, session, f"its ttl of {ask.ttl_s:g} s is over"
+                max(left, 0), self._too_old, session, "its ttl is over", f"{ask.ttl_s:g} s"
             )
         if ask.idle_ttl_s is not None:
 
@@ -250,31 +252,34 @@ class Sessions:
         view = self._view(session, lambda export: ())  # they lead nowhere any more
         result = "failed" if failed else "success"
         self.results[result] += 1
+        known = self._known.pop(session.name, None)
         self.finished.append(
             replace(
                 view,
                 state="finished",
+                reason=view.reason if known is None else view.reason or known.over,
                 result=result,
                 finished_at=time.time(),
                 ttl_left=None,
                 idle_ttl_left=None,
             )
         )
-        known = self._known.pop(session.name, None)
         if known is not None:
             for timer in known.timers.values():
                 timer.cancel()
 
-    def _too_old(self, session: Session, why: str) -> None:
+    def _too_old(self, session: Session, why: str, detail: str) -> None:
         if self._server.sessions.get(session.name) is session:
-            logger.warning("session %s %s: %s", session.name, session.id, why)
+            logger.warning("session %s %s: %s (%s)", session.name, session.id, why, detail)
+            self._known[session.name].over = why
             self._server.finish(session.name, failed=True)
 
     def _watch_use(self, session: Session, known: _Known, idle_ttl_s: float) -> None:
         loop = asyncio.get_running_loop()
         left = known.used_at + idle_ttl_s - loop.time()
         if left <= 0:
-            self._too_old(session, f"nobody has asked for anything for {idle_ttl_s:g} s (idle ttl)")
+            detail = f"nobody has asked for anything for {idle_ttl_s:g} s"
+            self._too_old(session, "its idle ttl is over", detail)
         else:
             known.timers["idle_ttl"] = loop.call_later(
                 left, self._watch_use, session, known, idle_ttl_s

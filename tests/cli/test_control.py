@@ -2,9 +2,13 @@
 
 import json
 import os
+import pty
 import re
+import signal
 import socket
 import subprocess
+import sys
+import termios
 import threading
 import urllib.error
 import urllib.request
@@ -14,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from fleecenbd.cli import control_commands
+from fleecenbd.cli import control_client, control_commands
 from fleecenbd.cli.main import run
 from tests.cli.conftest import Fails, started
 from tests.serving import FLEECENBD, Serving, connected, serving
@@ -136,8 +140,64 @@ def test_status_watch_shows_it_again_and_again_until_the_server_goes(
             await sleep(delay)
 
         monkeypatch.setattr(control_commands.asyncio, "sleep", end_the_third_time)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         assert run(["status", "--watch", "--control", "f.sock.control"]) == 1
     assert len(looks) == 3
+
+
+def test_status_watch_is_not_cut_at_80_columns(server: Serving, out: Out) -> None:
+    out("session", "begin", "before", warns=True)
+    out("session", "finish", "before")
+    begun = json.loads(out("session", "begin", "nightly", "--json", warns=True))
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    command = [str(FLEECENBD), "status", "--watch"]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = ""
+        while shown.count("vdb@nightly") < 2:
+            shown += os.read(ours, 65536).decode()
+        process.send_signal(signal.SIGINT)
+        with suppress(OSError):  # EIO: nobody has the other end any more
+            while os.read(ours, 65536):
+                pass
+    os.close(ours)
+    assert "GUEST WRITES" in shown
+    assert "GUEST P99" in shown
+    assert "1.0 MiB" in shown
+    for left_out in ("\N{HORIZONTAL ELLIPSIS}", begun["id"][:8], "before", "IMAGE"):
+        assert left_out not in shown
+    out("session", "finish", "nightly")
+
+
+def test_a_server_that_does_not_answer_is_waited_for_for_a_while_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails, out: Out
+) -> None:
+    monkeypatch.setattr(control_client, "LOOK_TIMEOUT_S", 0.3)
+    (tmp_path / "vm.raw").write_bytes(bytes(1 << 20))
+    control = ("--control", "f.sock.control")
+    command = (FLEECENBD, "serve", "vm.raw", "-U", "f.sock", "--state-dir", "state")
+    with started(tmp_path, *command) as process:
+        # What does something is waited for longer.
+        out("session", "begin", "n", "--freeze-cmd", "sleep 0.6", *control, warns=True)
+        process.send_signal(signal.SIGSTOP)
+        assert fails("status", *control) == (
+            "fleecenbd: no answer from the server at f.sock.control in time: it is stopped "
+            "(SIGSTOP, a debugger), or hangs; look at its process and its log, and ask again"
+        )
+
+
+def test_without_a_runtime_directory_the_control_socket_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, fails: Fails
+) -> None:
+    for name in ("FLEECENBD_CONTROL", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 7)
+    assert fails("status", status=2) == (
+        "fleecenbd: there is no default control socket: XDG_RUNTIME_DIR is not set; "
+        "say where the server's is with --control or FLEECENBD_CONTROL"
+    )
 
 
 def test_disks_come_and_go(server: Serving, fails: Fails, out: Out) -> None:
@@ -194,6 +254,7 @@ def test_a_name_that_is_none_is_wrong_usage(
         (("session",), 2, "Missing command"),
         (("session", "nosuch"), 2, "No such command 'nosuch'"),
         (("status", "--watch", "--json"), 2, "--watch cannot be given with --json"),
+        (("status", "--watch"), 2, "--watch needs a terminal; leave it out, or use --json"),
         (("session", "begin", "n", "--freeze-cmd", "exit 3"), 1, "the freeze command failed with"),
     ],
 )
@@ -396,7 +457,8 @@ def test_bitmaps_from_the_first_full_backup_to_the_next_increment(
     [
         (("bitmap", "add", "vda", "a/b"), 2, "cannot be a bitmap's name"),
         (("bitmap", "add", "vdz", "b"), 1, "there is no disk called 'vdz'"),
-        (("bitmap", "add", "vda", "b", "--granularity", "5k"), 1, "granularity is a power of two"),
+        (("bitmap", "add", "vda", "b", "--granularity", "5k"), 2, "--granularity is a power"),
+        (("bitmap", "add", "vda", "b", "--granularity", "1000"), 2, "--granularity is a power"),
         (("bitmap", "clear", "vda", "nosuch"), 1, "vda has no bitmap called nosuch"),
         (("bitmap", "merge", "vda", "nosuch", "other"), 1, "vda has no bitmap called"),
         (("bitmap", "remove", "vda", "nosuch"), 1, "vda has no bitmap called nosuch"),

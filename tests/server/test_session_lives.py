@@ -248,6 +248,7 @@ async def test_a_session_past_its_ttl_is_finished_as_failed() -> None:
     async with controlled() as control:
         await control.put("sessions/n", {"ttl": 0.05})
         assert await _finished(control, "n") == "failed"
+        assert (await control.get("sessions/n"))["reason"] == "its ttl is over"
         assert "vda@n" not in control.served.server.exports
 
 
@@ -275,6 +276,7 @@ async def test_requests_keep_a_session_with_an_idle_ttl_alive(command: int) -> N
         assert view["state"] == "active"
         assert 0 <= view["idle_ttl_left"] <= 0.3
         assert await _finished(control, "n") == "failed"
+        assert (await control.get("sessions/n"))["reason"] == "its idle ttl is over"
         assert await backup.ended() == b""
 
 
