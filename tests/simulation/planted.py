@@ -259,7 +259,10 @@ BACKUP_SIDE = (
     _bug(
         "the access map tells of what was ever begun to be copied as held",
         "snapshot_access",
-        ("in state.done.runs(start, run)", "in state.charged.runs(start, run)"),
+        (
+            "access_extents(state.access, state.done, offset",
+            "access_extents(state.access, state.charged, offset",
+        ),
     ),
     _bug(
         "a read in one step does not look at access",
