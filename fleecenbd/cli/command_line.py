@@ -1,7 +1,6 @@
 """The command line as typer has it: help, version, and what is wrong with the words typed.
 
-Imported only where it is needed: typer and the parser's libraries take longer to import than a
-server to start (words.py).
+Imported only where it is needed: that takes longer than a server to start (words.py).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from fleecenbd.cli.control_commands import add_commands
 from fleecenbd.cli.control_options import (
     ControlPath,
     EndSessions,
+    ForgetMissing,
     FreezeCommand,
     HookTimeout,
     IdleTtl,
@@ -50,7 +50,6 @@ SOCKETS = "Where clients connect"
 SESSION = "A session from the start"
 DISKS = "Disks and exports"
 PROCESS = "The process"
-
 
 HELP = """
 Serve disks, and point-in-time images of them, over NBD.
@@ -270,6 +269,7 @@ def _serve(
     hook_timeout: HookTimeout = None,
     end_sessions: EndSessions = False,
     trust_offline: TrustOffline = None,
+    forget_missing: ForgetMissing = False,
     default_export: Annotated[
         str | None,
         typer.Option(
@@ -278,10 +278,9 @@ def _serve(
             metavar="NAME",
             rich_help_panel=DISKS,
             show_default=False,
-            help="The export that the empty name means. Default: the empty name is refused; but "
-            "with --single or socket activation (libnbd's \\[ ]), over one disk and a session, it "
-            "means the fleecing export. Over several disks it is refused there, too, and the log "
-            "says so.",
+            help="The export that the empty name means. Default: it is refused; but with --single "
+            "or socket activation (libnbd's \\[ ]), over one disk and a session, it means the "
+            "fleecing export. Over several disks it is refused there, too, and the log says so.",
         ),
     ] = None,
     read_only: Annotated[
@@ -367,6 +366,7 @@ def _serve(
             hook_timeout=hook_timeout,
             end_sessions=end_sessions,
             trust_offline=trust_offline,
+            forget_missing=forget_missing,
             default_export=default_export,
             read_only=read_only,
             shared=shared,

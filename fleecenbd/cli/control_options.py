@@ -83,6 +83,15 @@ IdleTtl = Annotated[
         help="Finish it, as failed, this long after the last request to its exports.",
     ),
 ]
+ForgetMissing = Annotated[
+    bool,
+    typer.Option(
+        "--forget-missing",
+        rich_help_panel="How long the session lives",
+        help="Start though a session that the last server left is over a disk that is not served "
+        "now: the session is lost. Default: refuse to start.",
+    ),
+]
 EndSessions = Annotated[
     bool,
     typer.Option(

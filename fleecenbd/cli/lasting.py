@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shlex
 from pathlib import Path
 
 from fleecenbd.cli.endpoints import PRIVATE
@@ -14,6 +15,7 @@ from fleecenbd.cli.options import ServeOptions
 from fleecenbd.cli.places import make_private_directory, servers_directory
 from fleecenbd.server.server import Server
 from fleecenbd.server.state.directory import DESCRIPTION, StateDirectory
+from fleecenbd.server.state.names import DisksMissing
 from fleecenbd.server.state.recovery import recover
 from fleecenbd.server.state.trust import BOOT_ID, boot_id
 from fleecenbd.storage.pool import ThreadPool
@@ -67,7 +69,19 @@ async def take_up(
     pool = ThreadPool(str(path), "state", size_max=1)
     try:
         directory = await pool.run(_open, path)
-        await recover(server, directory, boot_id(boot), trust_offline=options.trust_offline)
+        await recover(
+            server,
+            directory,
+            boot_id(boot),
+            trust_offline=options.trust_offline,
+            forget_missing=options.forget_missing,
+        )
+    except DisksMissing as error:
+        words = [name if path is None else f"{name}={path}" for name, path in error.images.items()]
+        raise CommandError(
+            f"cannot serve: {error}; serve {' '.join(map(shlex.quote, words))} again, or give "
+            "up such sessions with --forget-missing"
+        ) from error
     except OSError as error:
         text = reason(error, str(path))
         is_needed = options.state_given or options.session is not None or error.errno == errno.EBUSY

@@ -33,6 +33,8 @@ class ServeOptions:
     end_sessions: bool = False
     trust_offline: frozenset[str] = frozenset()
     """Names of disks whose block devices nobody else writes to while we are away."""
+    forget_missing: bool = False
+    """Sessions that are left over a disk which is not served now are lost; else it is an error."""
     session: str | None = None
     session_options: SessionOptions = field(default_factory=SessionOptions)
     ttl_s: float | None = None

@@ -112,6 +112,7 @@ def serve(words: ServeWords) -> int:
         lasts=lasts,
         state_given=words.state_dir is not None,
         end_sessions=words.end_sessions,
+        forget_missing=words.forget_missing,
         trust_offline=parse_trust_offline(words.trust_offline, disks),
         guests_directory=None if own_client else guests_directory(words.state_dir),
         session=words.begin,

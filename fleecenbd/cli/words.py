@@ -45,6 +45,7 @@ class ServeWords:
     hook_timeout: str | None = None
     end_sessions: bool = False
     trust_offline: str | None = None
+    forget_missing: bool = False
     default_export: str | None = None
     read_only: bool = False
     shared: str = "1"

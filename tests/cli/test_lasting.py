@@ -133,6 +133,37 @@ def test_begin_over_other_disks_than_the_session_s_says_what_to_do(
     assert "fleecenbd session finish n" in line
 
 
+def test_a_disk_that_is_named_otherwise_in_one_start_costs_no_session(
+    tmp_path: Path, image: Path, fails: Fails
+) -> None:
+    with (
+        serving(tmp_path, f"vda={image}", "--begin", "r") as server,
+        connected(server.uri("vda")) as guest,
+    ):
+        guest.pwrite(b"new!" * 1024, 0)
+    mistyped = ("serve", f"vdx={image}", "-U", tmp_path / "f.sock")
+    line = fails(*mistyped, "--state-dir", tmp_path / "state", "--log-level", "error")
+    assert "session r is over vda, not served now" in line
+    assert f"serve vda={image} again, or give up such sessions with --forget-missing" in line
+    with (
+        serving(tmp_path, f"vda={image}") as server,
+        connected(server.uri("vda@r")) as backup,
+    ):
+        assert backup.pread(MIB, 0) == OLD
+
+
+def test_a_session_over_a_missing_disk_is_lost_where_that_is_asked_for(
+    tmp_path: Path, image: Path
+) -> None:
+    with serving(tmp_path, f"vda={image}", "--begin", "r"):
+        pass
+    with serving(tmp_path, f"vdx={image}", "--forget-missing") as server:
+        assert "session r is lost (--forget-missing): vda is not served now" in server.messages()
+    assert not list((tmp_path / "state" / "files").glob("temp-*"))
+    with serving(tmp_path, f"vdx={image}"):
+        pass
+
+
 def test_a_broken_session_is_begun_anew(tmp_path: Path, image: Path) -> None:
     with serving(tmp_path, image, "--begin", "n"):
         pass

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from fleecenbd.server.state.description import Description, FleeceEntry, SessionEntry
 from fleecenbd.server.state.directory import StateDirectory
+from fleecenbd.server.state.names import DisksMissing
 from fleecenbd.server.state.trust import Evidence, Image, why_not
 from fleecenbd.storage.mapped import MappedFile
 from fleecenbd.storage.stamps import stamps_of
@@ -38,11 +39,17 @@ def look(
     directory: StateDirectory,
     boot: str,
     images: Mapping[str, Image],
+    *,
     trust_offline: frozenset[str] = frozenset(),
+    forget_missing: bool = False,
 ) -> Found:
-    """Read, judge, map and open. Raises OSError where the description must not be touched."""
+    """Read, judge, map and open. Raises OSError where the description must not be touched, and
+    DisksMissing, unless ``forget_missing``.
+    """
     is_marked = directory.is_marked()
     description = directory.read() or Description(boot)
+    if not forget_missing:
+        _refuse_missing(description, images)
     found = Found(description)
     for disk in description.disks:
         if disk.name not in images:
@@ -75,6 +82,22 @@ def look(
             if fleece.disk in images:
                 _open_fleece(directory, found, session, fleece, images[fleece.disk], is_whole)
     return found
+
+
+def _refuse_missing(description: Description, images: Mapping[str, Image]) -> None:
+    """Raise DisksMissing for sessions over disks that are not served.
+
+    Broken ones, too: a bitmap's bits may be in them.
+    """
+    over: dict[str, list[str]] = {}
+    for session in description.sessions:
+        missing = [fleece.disk for fleece in session.fleeces if fleece.disk not in images]
+        if missing:
+            over[session.name] = missing
+    if over:
+        paths = {disk.name: disk.image for disk in description.disks}
+        names = sorted({disk for missing in over.values() for disk in missing})
+        raise DisksMissing(over, {name: paths.get(name) for name in names})
 
 
 def _open_fleece(

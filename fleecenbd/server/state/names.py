@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -11,6 +12,18 @@ if TYPE_CHECKING:
 
 Extra: TypeAlias = dict[str, str | int | float | bool | None]
 """What else is to be known of a session after a restart."""
+
+
+class DisksMissing(Exception):
+    """Sessions are left over disks that are not served now: to go on would lose them."""
+
+    def __init__(
+        self, sessions: Mapping[str, Sequence[str]], images: Mapping[str, str | None]
+    ) -> None:
+        """``sessions``: by name, what each misses. ``images``: the path of each missing disk's."""
+        over = [f"session {name} is over {', '.join(disks)}" for name, disks in sessions.items()]
+        super().__init__(f"{', '.join(over)}, not served now")
+        self.images = images
 
 
 @dataclass

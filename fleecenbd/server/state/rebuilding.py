@@ -67,8 +67,14 @@ class Rebuilding:
         self._store.unserved = Unserved(
             tuple(disk for disk in description.disks if disk.name in names), tuple(unserved_bitmaps)
         )
-        for name in sorted(names):
-            logger.warning("disk %s is not served now: its bitmaps stay, and do not record", name)
+        for entry in unserved_bitmaps:
+            if entry.lost is None:
+                logger.warning(
+                    "bitmap %s of %s stays, and does not record: %s is not served now",
+                    entry.name,
+                    entry.disk,
+                    entry.disk,
+                )
         return [session for session in sessions if session is not None]
 
     def tell(self) -> None:
@@ -138,7 +144,13 @@ class Rebuilding:
             why = f"{', '.join(gone)}, which it is over too, is not served any more"
         if len(gone) == len(entry.fleeces):
             self._news.append(
-                partial(logger.error, "session %s %s is ended: %s", entry.name, entry.id, why)
+                partial(
+                    logger.error,
+                    "session %s is lost (--forget-missing): %s is not served now, nor is any "
+                    "other disk of it. Its backup must be begun anew",
+                    entry.name,
+                    ", ".join(gone),
+                )
             )
             return None
         try:

@@ -6,12 +6,14 @@
 
 What cannot be trusted, or read, is lost: a bitmap says so until it is begun anew, a session is
 broken until it is finished. Each is named in the log and told as an event, with what it takes to
-mend it. Nothing that is found keeps a server from starting, but what would be destroyed by it.
+mend it. Nothing that is found keeps a server from starting, but what would be destroyed by it: a
+session over a disk that is not served now, unless it may be forgotten.
 """
 
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from fleecenbd.server.server import Server
 from fleecenbd.server.state.directory import StateDirectory
@@ -28,10 +30,12 @@ async def recover(
     boot: str,
     *,
     trust_offline: frozenset[str] = frozenset(),
+    forget_missing: bool = False,
 ) -> FileStore:
     """Go on with what the last server left. Before the first client is let in.
 
-    ``directory`` is the store's from now on. Raises OSError; the directory is closed then.
+    ``directory`` is the store's from now on. Raises OSError, and DisksMissing unless
+    ``forget_missing``, with nothing changed; the directory is closed then.
     """
     pool = ThreadPool(str(directory.path), "state", size_max=1)
     try:
@@ -43,7 +47,8 @@ async def recover(
             from fleecenbd.server.state.rebuilding import Rebuilding
 
             images = {name: Image.of(disk.device) for name, disk in server.disks.items()}
-            found = await pool.run(look, directory, boot, images, trust_offline)
+            find = partial(look, trust_offline=trust_offline, forget_missing=forget_missing)
+            found = await pool.run(find, directory, boot, images)
             store = FileStore(directory, boot, found.description)
             rebuilding = Rebuilding(server, store, found)
     except BaseException:

@@ -17,6 +17,7 @@ from fleecenbd.engine.session import MakeTemp, SessionOptions
 from fleecenbd.server.server import Server
 from fleecenbd.server.state import files as files_module
 from fleecenbd.server.state.directory import StateDirectory
+from fleecenbd.server.state.names import DisksMissing
 from fleecenbd.server.state.recovery import recover
 from fleecenbd.storage.file import FileDevice
 
@@ -48,15 +49,25 @@ class Place:
     def files(self) -> list[str]:
         return sorted(os.listdir(self.folder / "state" / "files"))
 
-    async def start(self, *, trust_offline: frozenset[str] = frozenset()) -> Server:
+    async def start(
+        self, *, trust_offline: frozenset[str] = frozenset(), forget_missing: bool = False
+    ) -> Server:
         server = Server()
         for name in self.names:
             server.add_disk(Disk(name, FileDevice.open(self.image(name))))
         directory = StateDirectory.open(self.folder / "state")
         try:
-            await recover(server, directory, self.boot, trust_offline=trust_offline)
+            await recover(
+                server,
+                directory,
+                self.boot,
+                trust_offline=trust_offline,
+                forget_missing=forget_missing,
+            )
         except BaseException:
             server.abort()
+            for disk in server.disks.values():
+                await disk.device.wait_closed()
             raise
         return server
 
@@ -273,7 +284,52 @@ async def test_a_damaged_description_is_no_crash_loop(
     await server.stop()
 
 
-async def test_a_disk_that_is_not_served_any_more_breaks_its_session_and_keeps_its_bitmap(
+async def test_a_session_over_a_disk_that_is_missing_keeps_a_server_from_starting(
+    tmp_path: Path,
+) -> None:
+    place = Place(tmp_path, ["vda", "vdb"])
+    server = await place.start()
+    await _begin(server)
+    await server.disks["vdb"].write(0, b"x")
+    await server.stop()
+    state = place.folder / "state"
+    before = {path: path.read_bytes() for path in state.rglob("*") if path.is_file()}
+    place.names = ["vda"]
+    with pytest.raises(DisksMissing, match="session s1 is over vdb, not served now") as caught:
+        await place.start()
+    assert caught.value.images == {"vdb": str(place.image("vdb"))}
+    assert {path: path.read_bytes() for path in state.rglob("*") if path.is_file()} == before
+    place.names = ["vda", "vdb"]
+    server = await place.start()
+    session = server.sessions["s1"]
+    assert session.state == "active"
+    assert bytes(await session.fleeces[1].read(0, 4096)) == OLD[:4096]
+    await server.stop()
+
+
+async def test_a_session_that_was_forgotten_takes_a_missing_disk_s_bitmap_with_it_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place(tmp_path, ["vda", "vdb"])
+    server = await place.start()
+    await _begin(server, "full")
+    server.finish("full")
+    await _begin(server, "s1", "use")
+    await server.stop()
+    place.names = ["vda"]
+    server = await place.start(forget_missing=True)
+    assert server.sessions["s1"].state == "broken"
+    assert "bitmap chain of vdb is lost: session s1 had taken its bits" in caplog.text
+    assert "stays" not in caplog.text
+    await server.stop()
+    # What is left of it is over vda alone: no word is needed any more.
+    server = await place.start()
+    assert server.sessions["s1"].state == "broken"
+    server.finish("s1")
+    await server.stop()
+
+
+async def test_a_disk_that_is_forgotten_breaks_its_session_and_keeps_its_bitmap(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = Place(tmp_path, ["vda", "vdb"])
@@ -284,9 +340,9 @@ async def test_a_disk_that_is_not_served_any_more_breaks_its_session_and_keeps_i
     await server.disks["vdb"].write(0, b"x")
     await server.stop()
     place.names = ["vda"]
-    server = await place.start()
+    server = await place.start(forget_missing=True)
     assert "vdb, which it is over too" in (server.sessions["s1"].fleeces[0].broken or "")
-    assert "vdb is not served now" in caplog.text
+    assert "bitmap chain of vdb stays, and does not record: vdb is not served now" in caplog.text
     server.finish("s1")
     await place.kill(server)
     place.names = ["vda", "vdb"]
