@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -106,23 +106,26 @@ def bitmap_table(bitmaps: Mapping[str, Iterable[Mapping[str, Any]]]) -> Table:
 
 
 def fleece_table(sessions: Iterable[Mapping[str, Any]], *, brief: bool = False) -> Table:
-    """A bar for each fleece: how much of it the backup has released; ``brief``: less beside it."""
+    """A bar for each fleece: how much of it the backup has released; ``brief``: less beside it.
+
+    One that broke has none: all of it was given up, but that is no backup that is done.
+    """
     table = _table("EXPORT", "RELEASED", "", "LEFT", "TEMP", "GUEST P99")
     if not brief:
         for column in ("PEAK", "LIMIT", "CLIENTS"):
             table.add_column(column, no_wrap=True)
     for session in sessions:
         for disk in session["disks"]:
-            done, whole, temp = disk["released"], disk["size"], disk["temp"]
-            row = [size(disk["accessible"]), size(temp["now"]), duration(disk["guest_wait"]["p99"])]
+            done, whole, temp = disk["released"], max(disk["size"], 1), disk["temp"]
+            if disk["broken"] is None:
+                bar: RenderableType = ProgressBar(total=whole, completed=done, width=20)
+                row = [f"{100 * done / whole:3.0f} %", size(disk["accessible"])]
+            else:
+                bar, row = Text("broken"), ["-", "-"]
+            row += [size(temp["now"]), duration(disk["guest_wait"]["p99"])]
             if not brief:
                 row += [size(temp["peak"]), size(temp["limit"]), str(len(disk["clients"]))]
-            table.add_row(
-                Text(disk["export"]),
-                ProgressBar(total=max(whole, 1), completed=done, width=20),
-                Text(f"{100 * done / max(whole, 1):3.0f} %"),
-                *map(Text, row),
-            )
+            table.add_row(Text(disk["export"]), bar, *map(Text, row))
     return table
 
 
@@ -196,7 +199,7 @@ def status_parts(status: Mapping[str, Any], *, brief: bool = False) -> Sequence[
     if sessions := active if brief else status["sessions"]:
         parts += [Text(""), session_table(sessions, brief=brief)]
     if active:
-        parts += [Text(""), fleece_table(active, brief=brief)]
+        parts += [Text(""), fleece_table(active, brief=brief), *_broken(active)]
     if active and not brief:
         uris = Table.grid(padding=(0, 2))
         for session in active:
@@ -205,6 +208,15 @@ def status_parts(status: Mapping[str, Any], *, brief: bool = False) -> Sequence[
                     uris.add_row(Text(disk["export"]), Text(uri))
         parts += [Text(""), uris]
     return parts
+
+
+def _broken(sessions: Iterable[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """Why each fleece broke that did; long lines are wrapped, not cut."""
+    disks = [disk for session in sessions for disk in session["disks"] if disk["broken"]]
+    if disks:
+        yield Text("")
+        for disk in disks:
+            yield Text(f"{disk['export']} is broken: {disk['broken']}")
 
 
 def _state(session: Mapping[str, Any]) -> str:

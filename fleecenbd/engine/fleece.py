@@ -37,6 +37,8 @@ class Fleece:
         self.size = state.size
         self.cluster_size = state.cluster_size
         self.temp = state.target
+        self.freed = False
+        """It broke, and its temp image is closed; ``stats`` stay as they were then."""
         self.access = state.access
         self.copy = state.copy
         self.done = state.done
@@ -66,6 +68,12 @@ class Fleece:
         self.state.finish()
         if self in self.disk.fleeces:
             self.disk.fleeces.remove(self)
+
+    async def wait_freed(self) -> None:
+        """After a break: return when the temp image is closed, and so holds nothing any more (a
+        hung call on it may keep it for ever)."""
+        await self.temp.wait_closed()
+        self.freed = True
 
     async def wait_closed(self) -> None:
         """Return when the last copy and the last call on the temp image have ended."""

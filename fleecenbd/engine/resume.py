@@ -5,6 +5,7 @@
     copy      the rest of access: a copy that was in flight is made again, and the active image
               still holds the old data, since its guest write had not begun
     charged   what the temp image's extents say, or all
+    released  what had access when the session was armed, and has none now
     own bits  as they are; the recording bitmap is used again by the session
     broken    it can only be finished as failed, and a bitmap that it made is lost
 
@@ -23,7 +24,7 @@ from fleecenbd.engine.bitmap import Bitmap, cluster_runs
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.own_bits import OwnBits
-from fleecenbd.engine.recording import RecordingBitmap, Since
+from fleecenbd.engine.recording import RecordingBitmap, Since, scaled
 from fleecenbd.engine.session import Session, SessionOptions
 from fleecenbd.engine.state import FleeceState
 from fleecenbd.engine.store import FleeceBits
@@ -115,6 +116,7 @@ async def _resume_fleece(name: str, options: SessionOptions, remains: FleeceRema
         bits=remains.bits,
     )
     own = _own_bits(disk, remains.bits, remains.own) if remains.own is not None else None
+    state.stats.released_bytes = _released(state, own) << state.shift
     fleece = Fleece(disk, state, own)
     if remains.broken is not None:
         state.break_session(remains.broken)
@@ -140,6 +142,14 @@ def _own_bits(disk: Disk, bits: FleeceBits, remains: OwnRemains) -> OwnBits:
         made=remains.made,
         replaced=remains.replaced,
     )
+
+
+def _released(state: FleeceState, own: OwnBits | None) -> int:
+    """Clusters that the backup might read when the session was armed, and may not read now."""
+    access = state.access.bits[: state.clusters]
+    if own is None or not own.dirty_only:
+        return access.count(0)
+    return (scaled(own.bitmap, state.cluster_size) & ~access).count(1)
 
 
 async def _find_charged(state: FleeceState) -> None:

@@ -75,6 +75,7 @@ class Server:
         self._turns = Turns()
         self._polls = self.clients.limits.poll_s > 0 and polling_pays()
         self._accepting: set[asyncio.Task[object]] = set()
+        self._freeing: set[asyncio.Task[None]] = set()
         self.stopping = False
         self._guest_records = guest_records
         self.clients.came = partial(self._tell_client, events.CLIENT_CAME)
@@ -294,6 +295,9 @@ class Server:
         export.info = replace(export.info, description=f"{export.info.description}, broken")
         for connection in self.clients.of(export):
             connection.fail_pending(fleece.state.death())
+        task = asyncio.get_running_loop().create_task(fleece.wait_freed())
+        self._freeing.add(task)
+        task.add_done_callback(self._freeing.discard)
 
     def _end_clients(self, fleece: Fleece, export: Export) -> None:
         for connection in self.clients.of(export):

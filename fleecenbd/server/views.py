@@ -236,7 +236,7 @@ def fleece_view(server: Server, fleece: Fleece, uris: Uris) -> FleeceView:
         released=min(stats.released_bytes, fleece.size),
         copied=stats.copied_bytes,
         temp=TempView(
-            now=stats.temp_clusters << shift,
+            now=0 if fleece.freed else stats.temp_clusters << shift,
             peak=stats.temp_clusters_peak << shift,
             limit=state.temp_limit,
         ),

@@ -1,5 +1,7 @@
 """Sizes, lengths of time and bars, as people read them."""
 
+from typing import Any
+
 import pytest
 
 from fleecenbd.cli import tables
@@ -31,6 +33,46 @@ def test_lengths_of_time_are_short(seconds: float, shown: str) -> None:
 
 def test_moments_are_those_of_the_log() -> None:
     assert tables.moment(1_700_000_000) == "2023-11-14T22:13:20Z"
+
+
+def _status(*, broken: str | None) -> dict[str, Any]:
+    """A session of two disks: of the one half is released, the other broke, or is whole."""
+    disks = []
+    for name, why, released in (
+        ("vda", None, 2048),
+        ("vdb", broken, 0 if broken is None else 4096),
+    ):
+        disks.append(
+            {
+                **{"disk": name, "export": f"{name}@n", "uris": [], "broken": why, "clients": []},
+                **{"size": 4096, "released": released, "accessible": 4096 - released},
+                "temp": {"now": 0, "peak": 4096, "limit": None},
+                "guest_wait": {"p99": 0.0},
+            }
+        )
+    session = {
+        **{"name": "n", "id": "1", "state": "active" if broken is None else "broken"},
+        **{"armed_at": 0, "pause_ms": 0.0, "disks": disks},
+    }
+    return {"version": "1", "pid": 1, "disks": [], "sessions": [session]}
+
+
+def test_a_fleece_that_broke_is_no_backup_that_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show(*tables.status_parts(_status(broken="the temp [i]image[/i] is full")))
+    lines = capsys.readouterr().out.splitlines()
+    (good,) = (line for line in lines if line.startswith("vda@n "))
+    assert " 50 %" in good
+    assert "2.0 KiB" in good
+    row, why = (line for line in lines if line.startswith("vdb@n "))
+    assert row.split()[:5] == ["vdb@n", "broken", "-", "-", "0"]
+    assert why == "vdb@n is broken: the temp [i]image[/i] is full"
+
+
+def test_where_nothing_broke_nothing_is_said_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show(*tables.status_parts(_status(broken=None)))
+    out = capsys.readouterr().out
+    assert "broken" not in out
+    assert "  0 %" in out
 
 
 def test_what_a_server_calls_its_things_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

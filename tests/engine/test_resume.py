@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -133,6 +134,26 @@ async def test_what_the_temp_image_holds_is_charged_and_what_was_released_is_fre
     left.device.content[CLUSTER : 2 * CLUSTER] = bytes(CLUSTER)
     await left.disk.write(CLUSTER, b"n")
     assert await fleece.read(CLUSTER, CLUSTER) == bytes(CLUSTER)
+
+
+@pytest.mark.parametrize(
+    ("own", "mode", "released"),
+    [(None, "", 4), ("011011", "use", 2), ("011011", "keep", 2), ("011011", "new", 4)],
+)
+def test_what_was_released_is_known_still(own: str | None, mode: str, released: int) -> None:
+    @simulated
+    async def run() -> None:
+        left = Left("010010", "000000", own=own)
+        if left.own is not None:
+            left.own = replace(left.own, mode=mode)
+        fleece = (await left.resume()).fleeces[0]
+        assert fleece.stats.released_bytes == released * CLUSTER
+        await fleece.trim(CLUSTER, CLUSTER)
+        assert fleece.stats.released_bytes == (released + 1) * CLUSTER
+        fleece.state.break_session("a test")
+        assert fleece.stats.released_bytes == (released + 2) * CLUSTER
+
+    run()
 
 
 @simulated

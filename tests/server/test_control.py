@@ -177,8 +177,28 @@ async def test_a_broken_session_says_why_and_ends_as_failed() -> None:
         seen = await control.get("sessions/n")
         assert seen["state"] == "broken"
         assert seen["reason"].startswith("vda@n: old data could not be copied")
+        assert seen["disks"][0]["released"] == SIZE
         finished = await control.delete("sessions/n?result=success")
         assert (finished["result"], finished["reason"]) == ("failed", seen["reason"])
+
+
+async def test_the_temp_image_of_a_broken_session_holds_nothing_once_it_is_closed() -> None:
+    async with controlled() as control:
+        guest = await control.served.client("vda")
+        await control.put("sessions/n")
+        await guest.write(0, b"x" * CLUSTER)
+        backup = await control.served.client("vda@n")
+        temp = control.served.devices["vda@n"]
+        temp.gate("read")
+        await backup.post(wire.READ, 0, CLUSTER)
+        read = await temp.reached("read")
+        await break_session(control.served, guest)
+        held = (await control.get("sessions/n"))["disks"][0]["temp"]["now"]
+        assert held >= CLUSTER, "a call on it has not ended"
+        read.go()
+        await temp.wait_closed()
+        seen = (await control.get("sessions/n"))["disks"][0]["temp"]
+        assert (seen["now"], seen["peak"]) == (0, 2 * CLUSTER)
 
 
 # -- disks ---------------------------------------------------------------------------------------
