@@ -38,8 +38,8 @@ if [ "${1:-}" = --full ]; then mode=new && shift; fi
 socket=$(realpath "$1")
 folder=$(realpath "$2")
 shift 2
-# A checkout's fleecenbd first, or that beside this script, else an installed one.
-PATH=$(dirname "$0")/../.venv/bin:$(dirname "$0"):$PATH
+# An installed fleecenbd first, else that of the checkout, or the one beside this script.
+PATH=$PATH:$(dirname "$0")/../.venv/bin:$(dirname "$0")
 session=${SESSION:-nightly}
 bitmap=${BITMAP:-chain}
 export FLEECENBD_CONTROL="${FLEECENBD_CONTROL:-$socket.control}"
