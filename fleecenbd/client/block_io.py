@@ -1,0 +1,125 @@
+"""One item read from the source and written to the target: pieces in flight, zeroes left out."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeAlias
+
+from fleecenbd.client.checksums import Piece
+from fleecenbd.client.endpoints import Source, Target
+from fleecenbd.client.plan import Item
+from fleecenbd.client.rate import Rate
+from fleecenbd.client.together import together
+from fleecenbd.engine.zeroes import ZEROES, is_zero
+from fleecenbd.storage.device import Buffer
+
+READ_LENGTH_MAX = 256 << 10
+"""Bytes of one READ: what a server of ours gives a backup before others have their turn."""
+ZERO_RUN = 4096
+"""Bytes: zeroes within data that are left out of what is written, where the target has them."""
+ZERO_CALL_MIN = 64 << 10
+"""Bytes of zeroes within data from which on a target that has none there is told to make them."""
+
+Parts: TypeAlias = "list[tuple[int, Piece]]"
+"""Offset and content of all that is wanted, in order: bytes, or a number of zeroes."""
+
+
+class BlockIO:
+    """Reads and writes of one pull, no more of them at a time than each end takes."""
+
+    def __init__(
+        self, source: Source, target: Target, rate: Rate, *, read_length: int = READ_LENGTH_MAX
+    ) -> None:
+        self.read = 0
+        """Bytes read."""
+        self._source = source
+        self._target = target
+        self._rate = rate
+        self._read_length = read_length
+        self._reads = asyncio.Semaphore(source.requests)
+        self._writes = asyncio.Semaphore(target.requests)
+
+    async def read_item(self, item: Item) -> Parts:
+        """All that is wanted of it."""
+        data: dict[int, Buffer] = {}
+
+        async def fetch(offset: int, length: int) -> None:
+            data[offset] = await self._read_run(offset, length)
+
+        await together(fetch(offset, length) for offset, length in item.data)
+        return [
+            (offset, data[offset] if is_data else length) for offset, length, is_data in item.parts
+        ]
+
+    async def _read_run(self, offset: int, length: int) -> Buffer:
+        step = self._read_length
+        if length <= step:
+            return await self._read_piece(offset, length)
+        whole = bytearray(length)
+
+        async def fetch(start: int, count: int) -> None:
+            whole[start : start + count] = await self._read_piece(offset + start, count)
+
+        await together(fetch(at, min(step, length - at)) for at in range(0, length, step))
+        return whole
+
+    async def _read_piece(self, offset: int, length: int) -> Buffer:
+        await self._rate.take(length)
+        async with self._reads:
+            data = await self._source.pread(offset, length)
+        if len(data) != length:
+            raise OSError(
+                errno.EIO, f"{len(data)} bytes came for {length} at {offset}", self._source.name
+            )
+        self.read += length
+        return data
+
+    async def write_parts(self, parts: Parts) -> None:
+        """Write them all; zeroes only where the target does not have them already."""
+        await together(call for offset, piece in parts for call in self._write_calls(offset, piece))
+
+    def _write_calls(self, offset: int, piece: Piece) -> Iterable[Coroutine[Any, Any, None]]:
+        if isinstance(piece, int):
+            if not self._target.is_zero:
+                yield self._zero(offset, piece)
+            return
+        view = memoryview(piece)
+        zero_min = ZERO_RUN if self._target.is_zero else ZERO_CALL_MIN
+        for start, length, is_data in data_runs(piece, zero_min):
+            if is_data:
+                yield self._write(offset + start, view[start : start + length])
+            elif not self._target.is_zero:
+                yield self._zero(offset + start, length)
+
+    async def _write(self, offset: int, data: memoryview) -> None:
+        async with self._writes:
+            await self._target.pwrite(offset, data)
+
+    async def _zero(self, offset: int, length: int) -> None:
+        async with self._writes:
+            await self._target.zero(offset, length)
+
+
+def data_runs(data: Buffer, zero_min: int) -> list[tuple[int, int, bool]]:
+    """(start, length, is data) of the data, and of the zeroes in it that are ``zero_min`` long."""
+    zeroes = memoryview(ZEROES)[:ZERO_RUN]
+    if data.find(zeroes) < 0:
+        return [(0, len(data), True)]
+    runs: list[tuple[int, int, bool]] = []
+    for start in range(0, len(data), ZERO_RUN):
+        length = min(ZERO_RUN, len(data) - start)
+        is_data = not is_zero(data, start, length)
+        if runs and runs[-1][2] == is_data:
+            runs[-1] = (runs[-1][0], runs[-1][1] + length, is_data)
+        else:
+            runs.append((start, length, is_data))
+    merged: list[tuple[int, int, bool]] = []
+    for start, length, is_data in runs:
+        is_data = is_data or length < zero_min
+        if merged and merged[-1][2] == is_data:
+            merged[-1] = (merged[-1][0], merged[-1][1] + length, is_data)
+        else:
+            merged.append((start, length, is_data))
+    return merged

@@ -1,0 +1,185 @@
+"""What an earlier pull has left beside a target: what it is worth, and who may go on with it.
+
+journal  PATH.part  PATH      without --resume                 with --resume
+-        -          -         a new pull                       refused: there is nothing
+-        yes        any       refused, or --force (targets)    refused: nothing is known of it
+yes      any        any       refused, or --force              goes on, in the same session
+complete -          yes       (a kill came just then)          done already
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
+
+from fleecenbd.client.journal import COMPLETE, COMPLETING, Header, Journal
+from fleecenbd.client.journal_file import DurableFile, sync_folder
+from fleecenbd.client.options import Places, PullOptions
+
+
+def check(options: PullOptions, places: Places) -> None:
+    """Before anything is opened. Raises OSError that says what to do."""
+    has_journal = os.path.exists(places.journal)
+    has_part = places.part is not None and os.path.lexists(places.part)
+    if options.resume:
+        if has_journal:
+            return
+        if has_part:
+            raise OSError(
+                errno.ENOENT,
+                f"nothing can be resumed: {places.part} is there, and {places.journal}, which "
+                "would tell how much of it is durable, is not; begin anew with --force",
+                options.target,
+            )
+        raise OSError(
+            errno.ENOENT,
+            f"nothing can be resumed: there is no {places.journal}; pull without --resume",
+            options.target,
+        )
+    if has_journal and not options.force and places.file is not None:
+        raise OSError(
+            errno.EEXIST,
+            f"a pull to it has not ended ({places.journal}): go on with --resume, or begin anew "
+            "with --force; what it has released can be read nowhere else",
+            options.target,
+        )
+
+
+def open_journal(path: str) -> DurableFile:
+    """Open it, or make it, locked. Raises OSError."""
+    folder = os.path.dirname(path)
+    if folder and not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, "its folder does not exist; make it", path)
+    return DurableFile.open(path)
+
+
+def take_up(
+    file: DurableFile,
+    header: Header,
+    options: PullOptions,
+    places: Places,
+    note: Callable[[str], None],
+) -> Journal:
+    """The journal to go on with, or a new one; not written yet. Raises OSError."""
+    if options.resume:
+        if not file.content:
+            return Journal(header, file)  # killed before its first line: nothing is durable
+        journal = Journal.read(file.content, file)
+        _check_same(journal.header, header, options)
+        # What it was begun with rules: the checksums of before are of its algorithm.
+        journal.header = msgspec.structs.replace(
+            header, algorithm=journal.header.algorithm, target=journal.header.target
+        )
+        return journal
+    if file.content:
+        _check_given_up(file, header, options, note)
+    return Journal(header, file)
+
+
+def _check_same(old: Header, new: Header, options: PullOptions) -> None:
+    """Raises OSError where what is there is not of the source, or not as asked for now."""
+    target = options.target
+    if old.session != new.session:
+        raise OSError(
+            errno.EINVAL,
+            f"what is there is of session {old.session or 'none'} ({old.source}), and this is "
+            f"session {new.session or 'none'}: another moment's image; resume from the first one, "
+            "or begin anew with --force, and what the first one has released is lost",
+            target,
+        )
+    if new.session is None and not options.force:
+        raise OSError(
+            errno.EINVAL,
+            f"{options.source} tells no session, so nobody knows whether it is still what was "
+            "copied before; if you do, add --force",
+            target,
+        )
+    if new.session is None and old.source != new.source:
+        raise OSError(errno.EINVAL, f"what is there was copied from {old.source}", target)
+    if old.size != new.size or old.block != new.block:
+        raise OSError(
+            errno.EINVAL,
+            f"what is there is of a disk of {old.size} bytes, and this one has {new.size}",
+            target,
+        )
+    if old.bitmap != new.bitmap:
+        raise OSError(
+            errno.EINVAL,
+            f"what is there was begun {_with('--bitmap', old.bitmap)}; resume it so",
+            target,
+        )
+    if new.algorithm is not None and old.algorithm != new.algorithm:
+        raise OSError(
+            errno.EINVAL,
+            f"what is there was begun {_with('--checksum or --verify', old.algorithm)}, and what "
+            "it has released cannot be read again; resume it so",
+            target,
+        )
+
+
+def _with(option: str, value: str | None) -> str:
+    return f"without {option}" if value is None else f"with {option} {value}"
+
+
+def _check_given_up(
+    file: DurableFile, header: Header, options: PullOptions, note: Callable[[str], None]
+) -> None:
+    """A pull that has not ended makes room for another: say what is lost with it."""
+    try:
+        old = Journal.read(file.content, file)
+    except OSError:
+        return
+    if old.mark == COMPLETE:
+        return
+    if not options.force:  # a device: the journal is elsewhere
+        raise OSError(
+            errno.EEXIST,
+            f"a pull to it has not ended ({file.name}): go on with --resume, or begin anew with "
+            "--force; what it has released can be read nowhere else",
+            options.target,
+        )
+    if old.durable.bits.any() and old.header.session != header.session:
+        note(
+            f"given up: {old.durable.count_bytes()} bytes of session {old.header.session}, which "
+            "were pulled before; what of it was released can be read nowhere else"
+        )
+
+
+def is_done(journal: Journal, places: Places) -> bool:
+    """Whether the last pull was killed when the target was complete already."""
+    if places.part is None or places.file is None:
+        return journal.mark == COMPLETE
+    return (
+        journal.mark in (COMPLETING, COMPLETE)
+        and not os.path.lexists(places.part)
+        and os.path.lexists(places.file)
+    )
+
+
+def has_part(options: PullOptions, journal: Journal, places: Places) -> bool:
+    """Whether the target is to be opened as an earlier pull has left it."""
+    if not options.resume:
+        return False
+    # Without anything durable it may have been killed before the target was made.
+    return journal.durable.bits.any() or places.part is None or os.path.lexists(places.part)
+
+
+def write_durably(path: str, content: bytes) -> None:
+    """Write a small file, so that it has its old content or all of the new one."""
+    new = f"{path}.new"
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(descriptor, content)
+        os.fsync(descriptor)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(new)
+        raise
+    finally:
+        os.close(descriptor)
+    os.rename(new, path)
+    sync_folder(path)

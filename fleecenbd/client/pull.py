@@ -1,0 +1,315 @@
+"""A pull from its first look at the target to its last word: ``pull``.
+
+    leftovers? ▶ source ▶ journal ▶ what is wanted, and may be read ▶ target
+               ▶ copy, make durable, release ▶ verify ▶ checksum ▶ the target's name ▶ journal goes
+
+Until the target has its name (or, where it has none to get, the journal its mark "complete"),
+whatever happens leaves what ``--resume`` goes on with; or nothing, if nothing became durable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import importlib
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias, cast
+
+from fleecenbd.client import checksums, leftovers
+from fleecenbd.client.block_io import READ_LENGTH_MAX
+from fleecenbd.client.checksums import BLOCK_SIZE, Checksums
+from fleecenbd.client.controls import Controls
+from fleecenbd.client.copy_loop import CopyLoop
+from fleecenbd.client.endpoints import Source, Target
+from fleecenbd.client.events import Checksum, Done, Event, Failed, Note, OnEvent, Start
+from fleecenbd.client.journal import COMPLETE, COMPLETING, Header, Journal
+from fleecenbd.client.journal_file import DurableFile
+from fleecenbd.client.options import PullOptions, find_places, source_uri
+from fleecenbd.client.plan import DIRTY, Plan
+from fleecenbd.client.telling import Telling, full_text, text_of
+from fleecenbd.client.verify import verify, wanted_blocks
+
+STOP_TIMEOUT_S = 10.0
+"""Seconds that a pull which was cancelled takes to make durable what it has in hand."""
+
+Summary: TypeAlias = Done
+
+
+class OpenSource(Protocol):
+    """As ``source.open_source``."""
+
+    async def __call__(
+        self,
+        uri: str,
+        *,
+        contexts: tuple[str, ...],
+        connections: int | None,
+        requests: int | None,
+        retries: int,
+        tell: Callable[[str], None],
+    ) -> Source:
+        """Raises OSError."""
+
+
+class OpenTarget(Protocol):
+    """As ``targets.open_target``."""
+
+    async def __call__(
+        self, text: str, size: int, *, force: bool, resume: bool, **options: Any
+    ) -> Target:
+        """Raises OSError."""
+
+
+def ignore(_event: Event) -> None:
+    """For who wants no events."""
+
+
+async def pull(
+    options: PullOptions,
+    on_event: OnEvent = ignore,
+    *,
+    controls: Controls | None = None,
+    open_source: OpenSource | None = None,
+    open_target: OpenTarget | None = None,
+) -> Summary:
+    """Copy the source to the target, and release in the source what is durable there.
+
+    Raises OSError, after the event ``failed``; so does being cancelled: what is in hand is made
+    durable first, unless it is cancelled once more. ``open_source`` and ``open_target``: others
+    than a libnbd client and the targets of ``targets.py``.
+    """
+    if open_source is None or open_target is None:
+        # Only here: who has sources and targets of their own needs no libnbd.
+        source: Any = importlib.import_module("fleecenbd.client.source")
+        targets: Any = importlib.import_module("fleecenbd.client.targets")
+        open_source = open_source or cast(OpenSource, source.open_source)
+        open_target = open_target or cast(OpenTarget, targets.open_target)
+    work = _Pull(options, on_event, controls or Controls(options.rate), open_source, open_target)
+    try:
+        done = await work.run()
+    except asyncio.CancelledError:
+        on_event(Failed("interrupted", work.kept))
+        raise
+    except OSError as error:
+        on_event(Failed(text_of(error), work.kept))
+        raise
+    on_event(done)
+    return done
+
+
+class _Pull:
+    """One call of ``pull``."""
+
+    def __init__(
+        self,
+        options: PullOptions,
+        on_event: OnEvent,
+        controls: Controls,
+        open_source: OpenSource,
+        open_target: OpenTarget,
+    ) -> None:
+        self.kept: str | None = None
+        """What is left for ``--resume`` after a failure."""
+        self._options = options
+        self._on_event = on_event
+        self._controls = controls
+        self._open_source = open_source
+        self._open_target = open_target
+        self._places = find_places(options)
+        self._is_complete = False
+
+    def _note(self, text: str) -> None:
+        self._on_event(Note(text))
+
+    async def run(self) -> Done:
+        """The whole of it."""
+        options = self._options
+        if options.checksum is not None:
+            Checksums(options.checksum, 1)  # is there such a thing?
+        leftovers.check(options, self._places)
+        bitmap = options.bitmap
+        source = await self._open_source(
+            source_uri(options),
+            contexts=() if bitmap is None else (f"{DIRTY}{bitmap}",),
+            connections=options.connections,
+            requests=options.requests,
+            retries=options.retries,
+            tell=self._note,
+        )
+        try:
+            file = leftovers.open_journal(self._places.journal)
+            try:
+                return await self._with_journal(source, file)
+            finally:
+                await file.close()
+        finally:
+            await source.close()
+
+    async def _with_journal(self, source: Source, file: DurableFile) -> Done:
+        """Decide what the journal is worth, and what of it stays."""
+        options, places = self._options, self._places
+        header = Header(
+            source=options.source,
+            target=options.target,
+            size=source.size,
+            session=source.session_id,
+            block=BLOCK_SIZE,
+            bitmap=options.bitmap,
+            algorithm=options.checksum or (checksums.DEFAULT_ALGORITHM if options.verify else None),
+        )
+        journal = leftovers.take_up(file, header, options, places, self._note)
+        plan = Plan(source, journal.durable, bitmap=options.bitmap, align=self._align(source))
+        try:
+            await plan.scan()
+        except BaseException:
+            if not file.content:
+                await journal.remove()  # it was made just now
+            raise
+        if leftovers.is_done(journal, places):
+            return await self._already_done(plan, journal)
+        resumes = leftovers.has_part(options, journal, places)
+        await journal.begin()
+        try:
+            target = await self._open_target(
+                options.target,
+                source.size,
+                force=options.force and not resumes,
+                resume=resumes,
+                compress=options.compress,
+                backing=options.backing,
+                connections=options.connections,
+                retries=options.retries,
+                tell=self._note,
+            )
+        except BaseException:
+            # As it was: what an earlier pull has left is still what --resume goes on with.
+            await (file.replace(file.content) if file.content else file.remove())
+            raise
+        try:
+            return await self._with_target(source, journal, plan, target)
+        except BaseException:
+            if not self._is_complete:
+                await self._leave(journal, target)
+            raise
+
+    def _align(self, source: Source) -> int:
+        return min(source.cluster, BLOCK_SIZE) if self._options.read_once else 1
+
+    async def _already_done(self, plan: Plan, journal: Journal) -> Done:
+        """The last pull was killed after its last step but one."""
+        self._note(f"{self._options.target} was complete already")
+        if self._places.file is not None:
+            await journal.remove()
+        return Done(plan.resumed, 0, 0, 0.0, None, verified=False)
+
+    async def _leave(self, journal: Journal, target: Target) -> None:
+        """After a failure: keep what is durable, if there is any and it can be of use."""
+        options, places = self._options, self._places
+        try:
+            if options.keep and journal.durable.bits.any():
+                self.kept = places.part or options.target
+                await target.keep()
+            else:
+                await target.discard()
+                await journal.remove()
+        except OSError as error:
+            self._note(f"not left as it should be: {text_of(error)}")
+
+    async def _with_target(
+        self, source: Source, journal: Journal, plan: Plan, target: Target
+    ) -> Done:
+        options = self._options
+        algorithm = journal.header.algorithm
+        sums = None if algorithm is None else Checksums(algorithm, source.size)
+        self._say_what_is_special(source)
+        copying = CopyLoop(
+            source,
+            target,
+            plan,
+            journal,
+            rate=self._controls.rate,
+            note=self._note,
+            checksums=sums,
+            trims=options.trim and not options.read_once,
+            read_length=max(READ_LENGTH_MAX, self._align(source)),
+        )
+        self._controls.attach(copying)
+        self._on_event(
+            Start(
+                source.name,
+                target.name,
+                source.session_id,
+                source.size,
+                plan.to_copy,
+                plan.resumed,
+            )
+        )
+        telling = Telling(source, plan, copying, self._on_event, options)
+        async with telling:
+            await self._copy(copying, target)
+            root: Checksum | None = None
+            if sums is not None:
+                if options.verify:
+                    self._note(f"everything is durable; {target.name} is read back")
+                    await verify(target, plan, sums, journal.digests)
+                blocks = (block for block, _ in wanted_blocks(plan))
+                if options.checksum is not None:
+                    root = Checksum(sums.algorithm, sums.root(blocks, journal.digests))
+                    self._write_checksum(root, plan)
+            await journal.set_mark(COMPLETING)
+            await target.complete()
+            self._is_complete = True
+            if self._places.file is not None:
+                await journal.remove()
+            else:
+                await journal.set_mark(COMPLETE)
+            return telling.done(root, verified=options.verify)
+
+    def _say_what_is_special(self, source: Source) -> None:
+        options = self._options
+        if not options.trim or options.read_once or source.can_trim:
+            return
+        if source.session_id is None:
+            self._note(
+                f"{source.name} is no fleecing export: it is copied as it is, nothing is released, "
+                "and what is written there meanwhile makes it no image of one moment"
+            )
+        else:
+            self._note(
+                f"{source.name} offers no TRIM: nothing is released, and the server keeps old data "
+                "until its session is finished"
+            )
+
+    async def _copy(self, copying: CopyLoop, target: Target) -> None:
+        """Copy; when cancelled, make durable what is in hand, and be cancelled then."""
+        work = asyncio.create_task(copying.run(), name="pull")
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            copying.stop()
+            await asyncio.wait({work}, timeout=STOP_TIMEOUT_S)
+            raise
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                text = full_text(error, copying.data_left, self._places.file)
+                raise OSError(error.errno, text, target.name) from error
+            raise
+        finally:
+            work.cancel()
+            await asyncio.wait({work})
+            if not work.cancelled():
+                work.exception()  # told already, or not the reason
+
+    def _write_checksum(self, root: Checksum, plan: Plan) -> None:
+        path = self._places.checksum(root.algorithm)
+        if path is None:
+            self._note(
+                f"{self._options.target} is no file to have one beside it: its {root.algorithm} "
+                f"checksum is {root.root}"
+            )
+            return
+        ranges = None
+        if plan.dirty is not None:
+            ranges = zip(plan.dirty[::2], plan.dirty[1::2], strict=True)
+        text = checksums.checksum_text(root.algorithm, plan.durable.size, root.root, ranges)
+        leftovers.write_durably(path, text.encode())
