@@ -21,6 +21,7 @@ from fleecenbd.cli.control_options import (
 )
 from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.options import choose_session_options
+from fleecenbd.cli.pull_commands import add_pull
 from fleecenbd.cli.values import DiskSpec
 from fleecenbd.engine.recording import MODES, USE_OR_NEW
 
@@ -50,6 +51,7 @@ def add_commands(app: typer.Typer) -> None:
     app.add_typer(session_app, name="session")
     app.add_typer(disk_app, name="disk")
     app.command("status", cls=StrictCommand)(status)
+    add_pull(app)
 
 
 def call(control: str | None, method: str, *words: str, **options: Any) -> Any:

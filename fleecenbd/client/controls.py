@@ -15,13 +15,13 @@ class Controls:
 
     def __init__(self, bytes_per_s: float | None = None) -> None:
         self.rate = Rate(bytes_per_s)
-        self._paused = False
+        self.is_paused = False
         self._copying: CopyLoop | None = None
 
     def attach(self, copying: CopyLoop) -> None:
         """From now on it is this loop that is told."""
         self._copying = copying
-        copying.paused = self._paused
+        copying.paused = self.is_paused
 
     def pause(self) -> None:
         """Read nothing more. What was read already still becomes durable, and is released."""
@@ -36,6 +36,6 @@ class Controls:
         self.rate.set(bytes_per_s)
 
     def _set_paused(self, paused: bool) -> None:
-        self._paused = paused
+        self.is_paused = paused
         if self._copying is not None:
             self._copying.paused = paused

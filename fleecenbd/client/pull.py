@@ -78,12 +78,6 @@ async def pull(
     durable first, unless it is cancelled once more. ``open_source`` and ``open_target``: others
     than a libnbd client and the targets of ``targets.py``.
     """
-    if open_source is None or open_target is None:
-        # Only here: who has sources and targets of their own needs no libnbd.
-        source: Any = importlib.import_module("fleecenbd.client.source")
-        targets: Any = importlib.import_module("fleecenbd.client.targets")
-        open_source = open_source or cast(OpenSource, source.open_source)
-        open_target = open_target or cast(OpenTarget, targets.open_target)
     work = _Pull(options, on_event, controls or Controls(options.rate), open_source, open_target)
     try:
         done = await work.run()
@@ -105,8 +99,8 @@ class _Pull:
         options: PullOptions,
         on_event: OnEvent,
         controls: Controls,
-        open_source: OpenSource,
-        open_target: OpenTarget,
+        open_source: OpenSource | None,
+        open_target: OpenTarget | None,
     ) -> None:
         self.kept: str | None = None
         """What is left for ``--resume`` after a failure."""
@@ -128,7 +122,7 @@ class _Pull:
             Checksums(options.checksum, 1)  # is there such a thing?
         leftovers.check(options, self._places)
         bitmap = options.bitmap
-        source = await self._open_source(
+        source = await self._find_open_source()(
             source_uri(options),
             contexts=() if bitmap is None else (f"{DIRTY}{bitmap}",),
             connections=options.connections,
@@ -144,6 +138,19 @@ class _Pull:
                 await file.close()
         finally:
             await source.close()
+
+    def _find_open_source(self) -> OpenSource:
+        if self._open_source is not None:
+            return self._open_source
+        # Only here: who has sources of their own needs no libnbd.
+        module: Any = importlib.import_module("fleecenbd.client.source")
+        return cast(OpenSource, module.open_source)
+
+    def _find_open_target(self) -> OpenTarget:
+        if self._open_target is not None:
+            return self._open_target
+        module: Any = importlib.import_module("fleecenbd.client.targets")
+        return cast(OpenTarget, module.open_target)
 
     async def _with_journal(self, source: Source, file: DurableFile) -> Done:
         """Decide what the journal is worth, and what of it stays."""
@@ -170,7 +177,7 @@ class _Pull:
         resumes = leftovers.has_part(options, journal, places)
         await journal.begin()
         try:
-            target = await self._open_target(
+            target = await self._find_open_target()(
                 options.target,
                 source.size,
                 force=options.force and not resumes,

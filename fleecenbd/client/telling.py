@@ -130,4 +130,4 @@ def full_text(error: OSError, left: int, path: str | None) -> str:
             return text
         free = found.f_bavail * found.f_frsize
         text += f", and {free} are free: {max(0, left - free)} are missing"
-    return f"{text}; make room, and go on with --resume"
+    return f"{text}; make room"

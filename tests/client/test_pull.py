@@ -407,7 +407,7 @@ async def test_a_full_target_says_how_much_is_missing(pulling: Pulling) -> None:
     error = await pulling.fails()
     assert "No space left on device; about " in error
     assert " bytes are still to be written, and " in error
-    assert error.endswith("are missing; make room, and go on with --resume")
+    assert error.endswith("are missing; make room")
 
 
 async def test_a_trim_that_fails_is_told_once_and_ends_nothing(pulling: Pulling) -> None:
