@@ -5,15 +5,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.client.planted_pull import PULL_BUGS, PullBug
 from tests.orders.planted import BUGS
 from tests.orders.scenarios import SCENARIOS
 from tests.simulation.chain_planted import CHAIN_PLANTED
 from tests.simulation.planted import PLANTED, PlantedBug
 
 PAGE = Path(__file__).parents[1] / "docs" / "testing.md"
-TABLES = {"after seeds": PLANTED, "after chains": CHAIN_PLANTED, "scenario": BUGS}
+TABLES: dict[str, tuple[PlantedBug | PullBug, ...]] = {
+    "after seeds": PLANTED,
+    "after chains": CHAIN_PLANTED,
+    "after pulls": PULL_BUGS,
+    "scenario": BUGS,
+}
 """The planted bugs by the column after the checker's."""
-CHECKERS = {"T0", "S", "B", "X", "L", "G", "A", "C"}
+CHECKERS = {"T0", "S", "B", "X", "L", "G", "A", "C", "R", "E", "own"}
 
 
 def _rows(column: str) -> list[list[str]]:
@@ -27,11 +33,11 @@ def _rows(column: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("column", TABLES)
 def test_the_bugs_of_a_table_are_those_of_the_code_in_their_order(column: str) -> None:
-    bugs: tuple[PlantedBug, ...] = TABLES[column]
+    bugs = TABLES[column]
     told = [(name, module) for name, module, *_ in _rows(column)]
     assert told == [(bug.name, bug.module) for bug in bugs], (
         "hunt them anew and put the table on the page: python -m tests.simulation.mutations, "
-        "python -m tests.orders --planted"
+        "python -m tests.orders --planted, python -m tests.client.hunt_pull --planted"
     )
 
 

@@ -42,28 +42,23 @@ class BlockIO:
         self._writes = asyncio.Semaphore(target.requests)
 
     async def read_item(self, item: Item) -> Parts:
-        """All that is wanted of it."""
-        data: dict[int, Buffer] = {}
+        """All that is wanted of it, in pieces as they were read."""
+        step, parts = self._read_length, list[tuple[int, Piece]]()
+        reads = []
 
-        async def fetch(offset: int, length: int) -> None:
-            data[offset] = await self._read_run(offset, length)
+        async def fetch(index: int, offset: int, length: int) -> None:
+            parts[index] = offset, await self._read_piece(offset, length)
 
-        await together(fetch(offset, length) for offset, length in item.data)
-        return [
-            (offset, data[offset] if is_data else length) for offset, length, is_data in item.parts
-        ]
-
-    async def _read_run(self, offset: int, length: int) -> Buffer:
-        step = self._read_length
-        if length <= step:
-            return await self._read_piece(offset, length)
-        whole = bytearray(length)
-
-        async def fetch(start: int, count: int) -> None:
-            whole[start : start + count] = await self._read_piece(offset + start, count)
-
-        await together(fetch(at, min(step, length - at)) for at in range(0, length, step))
-        return whole
+        for offset, length, is_data in item.parts:
+            if not is_data:
+                parts.append((offset, length))
+                continue
+            for at in range(offset, offset + length, step):
+                count = min(step, offset + length - at)
+                reads.append(fetch(len(parts), at, count))
+                parts.append((at, count))
+        await together(reads)
+        return parts
 
     async def _read_piece(self, offset: int, length: int) -> Buffer:
         await self._rate.take(length)

@@ -36,7 +36,7 @@ from fleecenbd.client.rate import Rate
 from fleecenbd.client.releasing import Releasing, joined
 from fleecenbd.client.together import first_of
 
-IN_FLIGHT_LENGTH_MAX = 32 << 20
+IN_FLIGHT_LENGTH_MAX = 16 << 20
 """Bytes of blocks that are read and written at a time."""
 BATCH_LENGTH = 64 << 20
 """Bytes of data that are written before they are made durable."""

@@ -1,4 +1,4 @@
-"""Bugs planted into the copying, each of which the simulation must catch."""
+"""Bugs planted into the copying, each of which the simulation must catch (hunt_pull.py)."""
 
 from __future__ import annotations
 

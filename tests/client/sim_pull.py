@@ -316,7 +316,7 @@ class SimSource:
         """EINVAL, and thereby a violation, where it was released."""
         await self._world.takes_time("read")
         if 0 in self._world.access[offset : offset + length]:
-            raise Violation(f"{offset}+{length} is read, and was released")
+            raise Violation(f"E: {offset}+{length} is read, and was released")
         return self._world.shape.snapshot[offset : offset + length]
 
     async def trim(self, offset: int, length: int) -> None:
