@@ -1,6 +1,6 @@
 """What is durable in the target: a small file, written before anything is released.
 
-    a1b2c3d4 {"journal":1,"session":"6f1c…","source":"nbd+unix:…","target":"/b/vm.raw","size":…}
+    a1b2c3d4 {"source":"nbd+unix:…","target":"/b/vm.raw","size":…,"session":"6f1c…",…,"journal":1}
     09d8e7f6 {"data":[[0,64]],"digests":"…"}
     5566aa77 {"data":[[64,3]],"zeroes":[[67,4000]]}
     0badcafe {"mark":"complete"}

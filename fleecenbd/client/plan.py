@@ -213,22 +213,22 @@ class Plan:
             self.dirty.extend((offset, length))
 
     def _gone(self, offset: int) -> OSError:
-        others = [c for c in self._source.contexts if c.startswith(DIRTY)]
         if self.durable.bits.any():
             text = (
                 f"what is at {offset} was released by somebody else, or was read once and never "
                 "became durable here: this backup cannot be completed; begin a new session, and "
                 "pull that"
             )
-        elif self._bitmap is None and others:
+        elif self._bitmap is None:
             text = (
-                f"what is at {offset} may not be read: this session has only what changed; "
-                f"give --bitmap {others[0].removeprefix(DIRTY)}"
+                f"what is at {offset} may not be read: either the session reads only what changed "
+                "(give --bitmap NAME), or it was released already, and this would be a backup with "
+                "holes (begin a new session, and pull that)"
             )
         else:
             text = (
-                f"what is at {offset} may not be read: it was released already, so this would be "
-                "a backup with holes; begin a new session, and pull that"
+                f"what is at {offset} has changed, and was released already: this would be a "
+                "backup with holes; begin a new session, and pull that"
             )
         return OSError(errno.EINVAL, text, self._source.name)
 

@@ -25,7 +25,7 @@ from fleecenbd.client.events import Checksum, Done, Event, Failed, Note, OnEvent
 from fleecenbd.client.journal import COMPLETE, COMPLETING, Header, Journal
 from fleecenbd.client.journal_file import DurableFile
 from fleecenbd.client.options import PullOptions, find_places, source_uri
-from fleecenbd.client.plan import DIRTY, Plan
+from fleecenbd.client.plan import ACCESS, DIRTY, Plan
 from fleecenbd.client.telling import Telling, full_text, text_of
 from fleecenbd.client.verify import verify, wanted_blocks
 
@@ -237,7 +237,8 @@ class _Pull:
             rate=self._controls.rate,
             note=self._note,
             checksums=sums,
-            trims=options.trim and not options.read_once,
+            # On anything but a fleecing export a TRIM would discard the disk's own data.
+            trims=options.trim and not options.read_once and ACCESS in source.contexts,
             read_length=max(READ_LENGTH_MAX, self._align(source)),
         )
         self._controls.attach(copying)
