@@ -46,6 +46,9 @@ WRITTEN_LENGTH_MAX = 512 << 20
 """Bytes of data that may be written and not durable: then reading waits for the target."""
 WRITTEN_ITEMS_MAX = 4096
 """The same for blocks that hold little data."""
+RELEASE_TIMEOUT_S = 60.0
+"""Seconds that the last TRIMs may take: a server whose temp image hangs must not keep what is
+durable from being called complete."""
 LOST_IN_A_ROW_MAX = 5
 """How often a target may be lost with nothing becoming durable in between."""
 
@@ -158,12 +161,20 @@ class CopyLoop:
         try:
             async with asyncio.TaskGroup() as group:
                 mapping = group.create_task(self._plan.map(), name="map")
-                group.create_task(self._release_as_it_comes(), name="release")
-                group.create_task(self._commit_as_it_comes(), name="commit")
+                releasing = group.create_task(self._release_as_it_comes(), name="release")
+                committing = group.create_task(self._commit_as_it_comes(), name="commit")
                 async with asyncio.TaskGroup() as workers:
                     for number in range(self._workers):
                         workers.create_task(self._work(), name=f"copy {number}")
                 mapping.cancel()
+                await asyncio.wait({committing})
+                await asyncio.wait({releasing}, timeout=RELEASE_TIMEOUT_S)
+                if not releasing.done():
+                    releasing.cancel()
+                    self._note(
+                        "everything is durable here, and the server has not answered the last "
+                        f"TRIMs for {RELEASE_TIMEOUT_S:g} s: they are not waited for"
+                    )
         except BaseExceptionGroup as failures:
             raise first_of(failures) from None
         if not self.stopping:

@@ -264,6 +264,13 @@ class _Pull:
                 if options.checksum is not None:
                     root = Checksum(sums.algorithm, sums.root(blocks, journal.digests))
                     self._write_checksum(root, plan)
+            await self._finish(journal, target)
+            return telling.done(root, verified=options.verify)
+
+    async def _finish(self, journal: Journal, target: Target) -> None:
+        """Give the target its name. Cancelled meanwhile, it is complete all the same."""
+
+        async def finish() -> None:
             await journal.set_mark(COMPLETING)
             await target.complete()
             self._is_complete = True
@@ -271,7 +278,15 @@ class _Pull:
                 await journal.remove()
             else:
                 await journal.set_mark(COMPLETE)
-            return telling.done(root, verified=options.verify)
+
+        work = asyncio.create_task(finish(), name="complete")
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await work
+            task = asyncio.current_task()
+            assert task is not None, "this is one"
+            task.uncancel()
 
     def _say_what_is_special(self, source: Source) -> None:
         options = self._options

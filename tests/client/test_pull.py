@@ -472,6 +472,44 @@ async def test_a_cancelled_pull_makes_durable_what_it_has_and_can_be_resumed(
     assert all(offset >= 7 * MIB for offset, _ in source.reads)
 
 
+async def test_what_is_cancelled_while_it_gets_its_name_is_complete(pulling: Pulling) -> None:
+    arrived, go_on = asyncio.Event(), asyncio.Event()
+
+    def prepare(target: FakeTarget) -> None:
+        real = target.complete
+
+        async def complete() -> None:
+            arrived.set()
+            await go_on.wait()
+            await real()
+
+        target.complete = complete  # type: ignore[method-assign]
+
+    pulling.targets = FakeTargets(prepare)
+    task = asyncio.create_task(pulling())
+    await arrived.wait()
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    assert (await task).durable == pulling.source.size
+    assert pulling.left() == {"vm.raw"}
+
+
+async def test_trims_that_hang_do_not_keep_the_target_from_being_complete(
+    pulling: Pulling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy_loop, "RELEASE_TIMEOUT_S", 0.05)
+
+    async def trim(offset: int, length: int) -> None:
+        await asyncio.Event().wait()
+
+    pulling.source.trim = trim  # type: ignore[method-assign]
+    done = await pulling()
+    assert done.released == 0
+    (note,) = pulling.notes()
+    assert "the server has not answered the last TRIMs for 0.05 s" in note
+
+
 async def test_a_pull_that_is_cancelled_twice_ends_at_once(pulling: Pulling) -> None:
     pulling.source.hold.clear()
     begun = asyncio.Event()
