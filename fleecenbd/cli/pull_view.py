@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 MODES = ("auto", "bar", "json", "none")
 STDOUT = 1
+BAR_WIDTH_MIN = 10
+BAR_WIDTH_MAX = 40
+FACTS_WIDTH = 72
+"""Columns, of the bar and of all that stands beside it."""
 
 
 class PullView:
@@ -150,12 +154,13 @@ class _Bar:
         console = Console(file=sys.stderr)
         self._progress = Progress(
             TextColumn("{task.percentage:>3.0f} %"),
-            BarColumn(bar_width=None),
+            BarColumn(
+                bar_width=max(BAR_WIDTH_MIN, min(BAR_WIDTH_MAX, console.width - FACTS_WIDTH))
+            ),
             _Facts(),
             console=console,
             auto_refresh=False,
             transient=True,
-            expand=True,
         )
         self._task = self._progress.add_task("pull", total=None, facts="")
 

@@ -76,7 +76,7 @@ class CopyLoop:
         note: Callable[[str], None],
         checksums: Checksums | None = None,
         trims: bool = True,
-        in_flight_length: int | None = None,
+        in_flight_length: int = IN_FLIGHT_LENGTH_MAX,
         batch_length: int = BATCH_LENGTH,
         read_length: int = READ_LENGTH_MAX,
     ) -> None:
@@ -95,7 +95,7 @@ class CopyLoop:
             1,
             min(
                 source.requests + target.requests,
-                (in_flight_length or IN_FLIGHT_LENGTH_MAX) // plan.block_size,
+                in_flight_length // plan.block_size,
             ),
         )
         self._io = BlockIO(source, target, rate, read_length=read_length)

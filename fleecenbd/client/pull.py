@@ -13,13 +13,14 @@ import asyncio
 import errno
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol, TypeAlias, cast
 
 from fleecenbd.client import checksums, leftovers
 from fleecenbd.client.block_io import READ_LENGTH_MAX
 from fleecenbd.client.checksums import BLOCK_SIZE, Checksums
 from fleecenbd.client.controls import Controls
-from fleecenbd.client.copy_loop import CopyLoop
+from fleecenbd.client.copy_loop import IN_FLIGHT_LENGTH_MAX, CopyLoop
 from fleecenbd.client.endpoints import Source, Target
 from fleecenbd.client.events import Checksum, Done, Event, Failed, Note, OnEvent, Start
 from fleecenbd.client.journal import COMPLETE, COMPLETING, Header, Journal
@@ -137,7 +138,8 @@ class _Pull:
             finally:
                 await file.close()
         finally:
-            await source.close()
+            with suppress(OSError):  # what was done is done, and what failed has its own reason
+                await source.close()
 
     def _find_open_source(self) -> OpenSource:
         if self._open_source is not None:
@@ -202,6 +204,10 @@ class _Pull:
     def _align(self, source: Source) -> int:
         return min(source.cluster, BLOCK_SIZE) if self._options.read_once else 1
 
+    def _in_flight_length(self) -> int:
+        """Who asks for more READs in flight than usual gets the memory for them."""
+        return max(IN_FLIGHT_LENGTH_MAX, (self._options.requests or 0) * READ_LENGTH_MAX)
+
     async def _already_done(self, plan: Plan, journal: Journal) -> Done:
         """The last pull was killed after its last step but one."""
         self._note(f"{self._options.target} was complete already")
@@ -240,6 +246,7 @@ class _Pull:
             # On anything but a fleecing export a TRIM would discard the disk's own data.
             trims=options.trim and not options.read_once and ACCESS in source.contexts,
             read_length=max(READ_LENGTH_MAX, self._align(source)),
+            in_flight_length=self._in_flight_length(),
         )
         self._controls.attach(copying)
         self._on_event(

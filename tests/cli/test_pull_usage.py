@@ -174,13 +174,13 @@ def test_a_bar_is_drawn_on_a_terminal_and_wiped_for_the_summary(
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     with PullView("auto") as view:
         view(PROGRESS)
         view(DONE)
     drawn = screen.getvalue()
     assert "50 %" in drawn
-    assert "7.2 s left" in drawn
+    assert "512.0 MiB of 1.0 GiB  100.0 MiB/s  7.2 s left  temp 12.0 MiB" in drawn
     assert "\x1b[2K" in drawn
     assert "done: 1.0 GiB" in capfd.readouterr().err
 

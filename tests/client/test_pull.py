@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fleecenbd.client import copy_loop
+from fleecenbd.client import pull as module
 from fleecenbd.client.controls import Controls
 from fleecenbd.client.endpoints import SourceLost, TargetLost
 from fleecenbd.client.events import Done, Event, Failed, Note, OnEvent, Progress, Start
@@ -456,7 +457,7 @@ async def test_a_cancelled_pull_makes_durable_what_it_has_and_can_be_resumed(
 
     source.pread = pread  # type: ignore[method-assign]
     monkeypatch.setattr(copy_loop, "BATCH_S", 1000.0)
-    monkeypatch.setattr(copy_loop, "IN_FLIGHT_LENGTH_MAX", MIB)
+    monkeypatch.setattr(module, "IN_FLIGHT_LENGTH_MAX", MIB)
     task = asyncio.create_task(pulling())
     await arrived.wait()
     task.cancel()
