@@ -38,7 +38,7 @@ from fleecenbd.client.together import first_of
 
 IN_FLIGHT_LENGTH_MAX = 16 << 20
 """Bytes of blocks that are read and written at a time."""
-BATCH_LENGTH = 64 << 20
+BATCH_LENGTH = 32 << 20
 """Bytes of data that are written before they are made durable."""
 BATCH_S = 1.0
 """Seconds after which less than that is."""
