@@ -30,6 +30,7 @@ from fleecenbd.storage.pool import ThreadPool
 
 if TYPE_CHECKING:
     from fleecenbd.server.control_socket import ControlSocket
+    from fleecenbd.server.jobs import Jobs
     from fleecenbd.server.sessions import Sessions
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class Control:
         self._server: Server | None = None
         self._places: ServerPlaces | None = None
         self._sessions: Sessions | None = None
+        self._jobs: Jobs | None = None
         self._listeners = Listeners()
         self._running: dict[bool, ControlSocket] = {}
         """For all calls, and for metrics only."""
@@ -200,12 +202,14 @@ class Control:
     def _make(self) -> None:
         from fleecenbd.server.asks import Ask, ask_of
         from fleecenbd.server.control_socket import ControlSocket
+        from fleecenbd.server.jobs import Jobs
         from fleecenbd.server.sessions import Sessions
 
         server, places, options = self._server, self._places, self._options
         assert server is not None, "it was started"
         assert places is not None, "it was started"
         sessions = self._sessions = Sessions(server, places)
+        jobs = self._jobs = Jobs(server, sessions, places)
         # What --begin asked for. The hooks are for guests that are connected: not for it.
         begun = Ask(
             options=options.session_options, ttl_s=options.ttl_s, idle_ttl_s=options.idle_ttl_s
@@ -215,7 +219,7 @@ class Control:
             sessions.adopt(session, begun if extra is None else ask_of(session, extra))
         for metrics_only in (False, True):
             self._running[metrics_only] = ControlSocket(
-                server, sessions, places, options.hooks, metrics_only=metrics_only
+                server, sessions, jobs, places, options.hooks, metrics_only=metrics_only
             )
 
     def tell(self) -> None:
@@ -226,7 +230,7 @@ class Control:
             logger.info("metrics: http://%s:%d/metrics", *sock.getsockname()[:2])
 
     async def close(self) -> None:
-        """Begin no more sessions, thaw what is frozen, and let nobody in any more."""
+        """Begin no more sessions, thaw what is frozen, end jobs, and let nobody in any more."""
         self._listeners.close()
         for sock in (*self._sockets, *self._metrics):
             sock.close()
@@ -234,7 +238,8 @@ class Control:
             sock.close()
         if self._importing is not None and not self._importing.done():
             self._importing.cancel()
-        if self._sessions is not None:
-            await self._sessions.close()
+        if self._sessions is not None and self._jobs is not None:
+            # At the same time: a guest that is frozen waits for no job, and no job for a hook.
+            await asyncio.gather(self._sessions.close(), self._jobs.close())
         for running in self._running.values():
             await running.close()

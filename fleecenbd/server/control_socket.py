@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fleecenbd.server.hooks import Hooks
+from fleecenbd.server.jobs import Jobs
 from fleecenbd.server.listeners import Listeners
 from fleecenbd.server.server import Server
 from fleecenbd.server.sessions import Places, Sessions
@@ -59,6 +60,7 @@ class ControlSocket:
         self,
         server: Server,
         sessions: Sessions,
+        jobs: Jobs,
         places: Places,
         hooks: Hooks,
         *,
@@ -66,6 +68,7 @@ class ControlSocket:
     ) -> None:
         self._server = server
         self._sessions = sessions
+        self._jobs = jobs
         self._places = places
         self._hooks = hooks
         self._metrics_only = metrics_only
@@ -123,7 +126,7 @@ class ControlSocket:
             )
             calls = importlib.import_module("fleecenbd.server.control.calls")
             self._runner = await application.make_runner(
-                calls.Calls(self._sessions, self._places, self._hooks),
+                calls.Calls(self._sessions, self._jobs, self._places, self._hooks),
                 self._server.events,
                 self._call,
                 metrics_only=self._metrics_only,

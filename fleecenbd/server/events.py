@@ -24,6 +24,10 @@ TEMP_LOW = "temp-low"
 TEMP_FULL = "temp-full"
 HOOK_FAILED = "hook-failed"
 BITMAP_LOST = "bitmap-lost"
+JOB_STARTED = "job-started"
+JOB_PAUSED = "job-paused"
+JOB_RESUMED = "job-resumed"
+JOB_ENDED = "job-ended"
 EVENTS_LOST = "events-lost"
 
 KINDS = (
@@ -38,6 +42,10 @@ KINDS = (
     TEMP_FULL,
     HOOK_FAILED,
     BITMAP_LOST,
+    JOB_STARTED,
+    JOB_PAUSED,
+    JOB_RESUMED,
+    JOB_ENDED,
     EVENTS_LOST,
 )
 

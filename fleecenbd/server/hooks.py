@@ -12,11 +12,13 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 logger = logging.getLogger(__name__)
+
+Started = TypeVar("Started")
 
 HOOK_TIMEOUT_S = 30.0
 """Seconds that a hook may take, by default."""
@@ -54,7 +56,7 @@ async def run_hook(
     reading, writing = os.pipe()
     try:
         output = _Output(reading)
-        process, cancelled = await _to_its_end(
+        process, cancelled = await to_its_end(
             asyncio.create_subprocess_exec(
                 "/bin/sh",
                 "-c",
@@ -91,10 +93,10 @@ async def run_hook(
         output.close()
 
 
-async def _to_its_end(
-    start: Coroutine[Any, Any, asyncio.subprocess.Process],
-) -> tuple[asyncio.subprocess.Process, asyncio.CancelledError | None]:
-    """The process, and what cancelled us meanwhile: it has started then, and is to be killed."""
+async def to_its_end(
+    start: Awaitable[Started],
+) -> tuple[Started, asyncio.CancelledError | None]:
+    """What was started, and what cancelled us meanwhile: then it is to be killed."""
     starting = asyncio.ensure_future(start)
     cancelled = None
     while not starting.done():

@@ -162,6 +162,66 @@ class SessionView:
 
 
 @dataclass(frozen=True, slots=True)
+class ChecksumView:
+    """Of a whole backup (docs/pull.md); ``root`` in hexadecimal."""
+
+    algorithm: str
+    root: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobProgressView:
+    """How far a job is."""
+
+    size: int
+    to_copy: int
+    """What has to become durable in all: the disk, or what is dirty of it."""
+    resumed: int
+    """Of that, what an earlier job has made durable."""
+    durable: int
+    """Of that, what is durable in the target now, ``resumed`` among it."""
+    read: int
+    released: int
+    speed: float
+    """Bytes read per second, as measured."""
+    eta: float | None
+    temp: int | None
+    """Held in the temp image when it was looked at last."""
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A backup that the server makes. ``state``: ``running``, ``paused``, ``complete``, ``failed``
+    or ``cancelled`` (``error``: why the last two)."""
+
+    id: str
+    session: str
+    session_id: str
+    disk: str
+    target: str
+    state: str
+    error: str | None
+    note: str | None
+    """The last thing that a user should know and that ended nothing, such as a lost connection."""
+    kept: str | None
+    """What is there for ``resume`` after a failure."""
+    finish: bool
+    """The session is to be finished with it."""
+    result: str | None
+    """What the session was finished as when this job had ended."""
+    rate: int | None
+    """The limit, in bytes per second."""
+    pid: int | None
+    started_at: float
+    ended_at: float | None
+    progress: JobProgressView | None
+    """Null until everything is open."""
+    checksum: ChecksumView | None
+    verified: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Life:
     """What the engine does not know of a session: how long it may live."""
 

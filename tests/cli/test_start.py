@@ -13,6 +13,7 @@ HEAVY = {
     *("typer", "click", "rich", "pydantic", "pydantic_core", "markdown_it", "pygments"),
     *("aiohttp", "msgspec", "prometheus_client", "fleecenbd.server.control"),
     *("fleecenbd.server.control_socket", "fleecenbd.server.sessions", "fleecenbd.server.views"),
+    *("fleecenbd.server.jobs", "fleecenbd.server.job_process"),
     *("fleecenbd.cli.command_line", "fleecenbd.cli.command", "fleecenbd.plugin"),
     *("argparse", "email", "http", "importlib.metadata", "json", "optparse", "pickle", "zipfile"),
     *("bz2", "lzma", "platform", "random", "secrets", "shutil", "statistics", "tempfile", "uuid"),

@@ -21,6 +21,7 @@ from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.session import MakeTemp
 from fleecenbd.server.control_socket import ControlSocket
 from fleecenbd.server.hooks import Hooks
+from fleecenbd.server.jobs import PROGRAM, Jobs
 from fleecenbd.server.sessions import Sessions
 from fleecenbd.storage.device import Device
 from tests.server.room import Room, pattern, room
@@ -64,10 +65,11 @@ class Control:
     """A client of the control socket, and what is behind it."""
 
     def __init__(
-        self, served: Room, sessions: Sessions, socket_: ControlSocket, path: Path
+        self, served: Room, sessions: Sessions, jobs: Jobs, socket_: ControlSocket, path: Path
     ) -> None:
         self.served = served
         self.sessions = sessions
+        self.jobs = jobs
         self.socket = socket_
         self.path = path
         self.http = aiohttp.ClientSession(connector=aiohttp.UnixConnector(path=str(path)))
@@ -88,6 +90,11 @@ class Control:
 
     async def put(self, path: str, body: Any = None, *, status: int = 201) -> Any:
         answer = await self.call("PUT", path, body)
+        assert answer.status == status, answer
+        return answer.body
+
+    async def post(self, path: str, body: Any = None, *, status: int = 200) -> Any:
+        answer = await self.call("POST", path, body)
         assert answer.status == status, answer
         return answer.body
 
@@ -114,26 +121,32 @@ class Control:
 
 @asynccontextmanager
 async def controlled(
-    hooks: Hooks | None = None, *, metrics_only: bool = False, **options: Any
+    hooks: Hooks | None = None,
+    *,
+    metrics_only: bool = False,
+    program: Sequence[str] = PROGRAM,
+    **options: Any,
 ) -> AsyncIterator[Control]:
-    """A room whose server can be controlled."""
+    """A room whose server can be controlled. ``program``: what its jobs run."""
     async with room(**options) as served:
         places = RoomPlaces(served)
         sessions = Sessions(served.server, places)
+        jobs = Jobs(served.server, sessions, places, program=program)
         control_socket = ControlSocket(
-            served.server, sessions, places, hooks or Hooks(), metrics_only=metrics_only
+            served.server, sessions, jobs, places, hooks or Hooks(), metrics_only=metrics_only
         )
         path = served._directory / "c"
         listening = socket.socket(socket.AF_UNIX)
         listening.bind(str(path))
         listening.listen(128)
         control_socket.listen(listening)
-        control = Control(served, sessions, control_socket, path)
+        control = Control(served, sessions, jobs, control_socket, path)
         try:
             yield control
         finally:
             await control.http.close()
             await sessions.close()
+            await jobs.close()
             served.server.events.end()
             await control_socket.close()
             await asyncio.sleep(0)

@@ -562,5 +562,5 @@ async def test_every_call_is_in_the_document_and_on_its_page() -> None:
     page = (DOCS / "control.md").read_text()
     for call in openapi.CALLS:
         shown = call.path.replace("{session}", "NAME").replace("{disk}", "DISK")
-        shown = shown.replace("{bitmap}", "BITMAP")
+        shown = shown.replace("{bitmap}", "BITMAP").replace("{job}", "ID")
         assert f"`{call.method.upper()} {shown}" in page, call

@@ -17,6 +17,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from fleecenbd.server.control.bodies import Error
 from fleecenbd.server.control.calls import Calls
 from fleecenbd.server.control.errors import CallError
+from fleecenbd.server.control.job_calls import JobCalls
 from fleecenbd.server.control.metrics import CONTENT_TYPE, Metrics
 from fleecenbd.server.control.openapi import document
 from fleecenbd.server.events import Events
@@ -37,6 +38,7 @@ LINGER_S = 1.0
 """Seconds that the rest of a body is read which was refused."""
 SHUTDOWN_S = 1.0
 BITMAPS = "/v1/disks/{disk}/bitmaps"
+JOBS = "/v1/jobs"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 BusyWith = Callable[[object, str, int], None]
@@ -213,6 +215,45 @@ class _Handlers:
         return response
 
 
+class _JobHandlers:
+    def __init__(self, calls: JobCalls) -> None:
+        self._calls = calls
+
+    def routes(self) -> list[web.RouteDef]:
+        get, post = web.get, web.post
+        return [
+            get(JOBS, self.list, allow_head=False),
+            post(JOBS, self.start),
+            get(f"{JOBS}/{{job}}", self.show, allow_head=False),
+            post(f"{JOBS}/{{job}}/pause", self.pause),
+            post(f"{JOBS}/{{job}}/resume", self.resume),
+            post(f"{JOBS}/{{job}}/rate", self.set_rate),
+            post(f"{JOBS}/{{job}}/cancel", self.cancel),
+        ]
+
+    async def list(self, request: web.Request) -> web.Response:
+        return _json(200, self._calls.list())
+
+    async def show(self, request: web.Request) -> web.Response:
+        return _json(200, self._calls.show(request.match_info["job"]))
+
+    async def start(self, request: web.Request) -> web.Response:
+        return _json(201, self._calls.start(await _body(request)))
+
+    async def pause(self, request: web.Request) -> web.Response:
+        return _json(200, self._calls.pause(request.match_info["job"]))
+
+    async def resume(self, request: web.Request) -> web.Response:
+        return _json(200, self._calls.resume(request.match_info["job"]))
+
+    async def set_rate(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        return _json(200, self._calls.set_rate(request.match_info["job"], body))
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        return _json(200, await self._calls.cancel(request.match_info["job"]))
+
+
 def _bitmap(request: web.Request) -> tuple[str, str]:
     return request.match_info["disk"], request.match_info["bitmap"]
 
@@ -229,9 +270,10 @@ async def make_runner(
 ) -> web.AppRunner:
     """The application, ready for connections: ``runner.server`` makes their protocols."""
     app = web.Application(middlewares=[_watched(busy)], client_max_size=BODY_LENGTH_MAX)
-    app.router.add_routes([_metrics_route(Metrics(calls.sessions))])
+    app.router.add_routes([_metrics_route(Metrics(calls.sessions, calls.jobs))])
     if not metrics_only:
         app.router.add_routes(_Handlers(calls, events).routes())
+        app.router.add_routes(_JobHandlers(JobCalls(calls.jobs)).routes())
     # What a client sends that is no HTTP is answered, and no error of ours; those are logged here.
     quiet = logging.getLogger(f"{__name__}.http")
     quiet.setLevel(logging.CRITICAL)

@@ -17,14 +17,17 @@ from fleecenbd.engine.recording import (
 from fleecenbd.engine.session import CLUSTER_SIZE_MAX, SessionOptions
 from fleecenbd.engine.state import CLUSTER_SIZE_MIN
 from fleecenbd.server.hooks import HOOK_TIMEOUT_S
+from fleecenbd.server.job_asks import TARGET_LENGTH_MAX
 from fleecenbd.server.names import NAME_LENGTH_MAX
-from fleecenbd.server.views import BitmapView, DiskView, OwnBitmapView, SessionView
+from fleecenbd.server.views import BitmapView, DiskView, JobView, OwnBitmapView, SessionView
 
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 TimeToLive = Annotated[float, Meta(gt=0, le=1e9)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Name = Annotated[str, Meta(min_length=1, max_length=NAME_LENGTH_MAX, pattern=r"^[A-Za-z0-9._-]+$")]
 Granularity = Annotated[int, Meta(ge=GRANULARITY_MIN, le=GRANULARITY_MAX)]
+Requests = Annotated[int, Meta(ge=1, le=1024)]
+Rate = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 Command = Annotated[str, Meta(max_length=4096)]
 
 
@@ -116,6 +119,59 @@ class MergeBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     source: Name
 
 
+class JobBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A backup that the server makes; sizes in bytes. What is left out is as in fleecenbd pull."""
+
+    session: Name
+    disk: Name
+    target: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            max_length=TARGET_LENGTH_MAX,
+            description="an absolute path, as the server sees it, raw:PATH, qcow2:PATH, or an NBD "
+            "URI",
+        ),
+    ]
+    finish: Annotated[
+        bool,
+        Meta(
+            description="finish the session: as failed if this job fails or is cancelled, as "
+            "success once each of its disks has a job that is complete"
+        ),
+    ] = False
+    force: Annotated[bool, Meta(description="write over what is there")] = False
+    resume: Annotated[bool, Meta(description="go on with what was kept")] = False
+    trim: Annotated[bool, Meta(description="release what is durable in the target")] = True
+    read_once: Annotated[bool, Meta(description="release by reading")] = False
+    verify: Annotated[bool, Meta(description="read the target back at the end")] = False
+    compress: Annotated[bool, Meta(description="the clusters of a qcow2: target")] = False
+    checksum: Annotated[
+        Annotated[str, Meta(max_length=32)] | None,
+        Meta(description="an algorithm: blake2b, sha256 and others; null: none"),
+    ] = None
+    bitmap: Annotated[
+        Name | None, Meta(description="copy what is dirty in this bitmap of the session")
+    ] = None
+    rate: Annotated[Rate | None, Meta(description="bytes read per second; null: no limit")] = None
+    connections: Requests | None = None
+    requests: Annotated[Requests | None, Meta(description="READs in flight")] = None
+    retries: Annotated[
+        Annotated[int, Meta(ge=0, le=1024)] | None,
+        Meta(description="how often in a row a dropped connection is made anew"),
+    ] = None
+    journal: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=TARGET_LENGTH_MAX)] | None,
+        Meta(description="absolute path; null: beside a file, else in the state directory"),
+    ] = None
+
+
+class RateBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A limit for a job that runs."""
+
+    rate: Annotated[Rate | None, Meta(description="bytes read per second; null: no limit")]
+
+
 class BegunDisk(msgspec.Struct, frozen=True):
     """One disk of a session that has begun."""
 
@@ -153,6 +209,12 @@ class SessionList(msgspec.Struct, frozen=True):
     ]
 
 
+class JobList(msgspec.Struct, frozen=True):
+    jobs: Annotated[
+        list[JobView], Meta(description="the last 20 that have ended first, oldest first")
+    ]
+
+
 class Status(msgspec.Struct, frozen=True):
     """Everything at one moment."""
 
@@ -160,6 +222,7 @@ class Status(msgspec.Struct, frozen=True):
     pid: int
     disks: list[DiskView]
     sessions: list[SessionView]
+    jobs: list[JobView]
 
 
 class Error(msgspec.Struct, frozen=True):

@@ -27,6 +27,7 @@ from fleecenbd.server.control.bodies import (
 )
 from fleecenbd.server.control.errors import CallError, from_os_error
 from fleecenbd.server.hooks import Hooks
+from fleecenbd.server.jobs import Jobs
 from fleecenbd.server.names import bad_name, is_name
 from fleecenbd.server.sessions import Begun, Places, Sessions
 from fleecenbd.server.views import BitmapView, DiskView, SessionView, bitmap_view, own_view
@@ -60,8 +61,9 @@ def check_name(name: str, whose: str) -> str:
 class Calls:
     """What can be asked of one server."""
 
-    def __init__(self, sessions: Sessions, places: Places, hooks: Hooks) -> None:
+    def __init__(self, sessions: Sessions, jobs: Jobs, places: Places, hooks: Hooks) -> None:
         self.sessions = sessions
+        self.jobs = jobs
         self._places = places
         self._hooks = hooks
 
@@ -74,6 +76,7 @@ class Calls:
             pid=os.getpid(),
             disks=self.sessions.disk_views(),
             sessions=self.sessions.views(),
+            jobs=self.jobs.views(),
         )
 
     def disks(self) -> Disks:

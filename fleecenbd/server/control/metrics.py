@@ -13,8 +13,9 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from fleecenbd.server.jobs import Jobs
 from fleecenbd.server.sessions import Sessions
-from fleecenbd.server.views import DiskView, FleeceView, SessionView
+from fleecenbd.server.views import DiskView, FleeceView, JobView, SessionView
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -24,8 +25,9 @@ _FLEECE = ["session", "disk"]
 class Metrics(Collector):
     """One server's metrics."""
 
-    def __init__(self, sessions: Sessions) -> None:
+    def __init__(self, sessions: Sessions, jobs: Jobs) -> None:
         self._sessions = sessions
+        self._jobs = jobs
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -50,6 +52,18 @@ class Metrics(Collector):
         for result, count in self._sessions.results.items():
             finished.add_metric([result], count)
         yield finished
+        yield from _jobs(self._jobs.running_views())
+        ended = CounterMetricFamily(
+            "fleecenbd_jobs_ended", "Jobs that have ended.", labels=["result"]
+        )
+        for result, count in self._jobs.results.items():
+            ended.add_metric([result], count)
+        yield ended
+        yield CounterMetricFamily(
+            "fleecenbd_jobs_durable_bytes",
+            "What jobs have made durable in their targets.",
+            value=self._jobs.durable_bytes,
+        )
 
 
 def _disks(disks: list[DiskView]) -> Iterator[Metric]:
@@ -86,6 +100,24 @@ def _sessions(sessions: list[SessionView]) -> Iterator[Metric]:
         armed.add_metric([session.name], session.armed_at)
         pause.add_metric([session.name], session.pause_ms / 1000)
     yield from (state, armed, pause)
+
+
+def _jobs(jobs: list[JobView]) -> Iterator[Metric]:
+    labels = ["session", "disk"]
+    states = GaugeMetricFamily("fleecenbd_jobs", "Jobs that have not ended.", labels=["state"])
+    to_copy = GaugeMetricFamily(
+        "fleecenbd_job_to_copy_bytes", "What has to become durable in all.", labels=labels
+    )
+    durable = GaugeMetricFamily(
+        "fleecenbd_job_durable_bytes", "What is durable in the target.", labels=labels
+    )
+    for state in ("running", "paused"):
+        states.add_metric([state], sum(job.state == state for job in jobs))
+    for job in jobs:
+        if job.progress is not None:
+            to_copy.add_metric([job.session, job.disk], job.progress.to_copy)
+            durable.add_metric([job.session, job.disk], job.progress.durable)
+    yield from (states, to_copy, durable)
 
 
 def _fleeces(fleeces: list[tuple[str, FleeceView]]) -> Iterator[Metric]:

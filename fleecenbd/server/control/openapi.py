@@ -15,7 +15,7 @@ import msgspec
 
 from fleecenbd.server.control import bodies
 from fleecenbd.server.names import NAME_LENGTH_MAX
-from fleecenbd.server.views import BitmapView, DiskView, SessionView
+from fleecenbd.server.views import BitmapView, DiskView, JobView, SessionView
 
 _REF = "#/components/schemas/{name}"
 _TYPES: tuple[Any, ...] = (
@@ -26,11 +26,15 @@ _TYPES: tuple[Any, ...] = (
     bodies.BitmapList,
     bodies.Disks,
     bodies.Error,
+    bodies.JobBody,
+    bodies.JobList,
     bodies.MergeBody,
+    bodies.RateBody,
     bodies.SessionList,
     bodies.Status,
     BitmapView,
     DiskView,
+    JobView,
     SessionView,
 )
 
@@ -143,6 +147,45 @@ CALLS = (
     ),
     _Call(
         "get",
+        "/v1/jobs",
+        "Backups that the server makes: those that run, and the last 20 that have ended",
+        {200: "JobList"},
+        (),
+    ),
+    _Call(
+        "post",
+        "/v1/jobs",
+        "Back up a disk of a session to a target",
+        {201: "JobView"},
+        (400, 404, 408, 409, 413, 422, 503),
+        body="JobBody",
+    ),
+    _Call("get", "/v1/jobs/{job}", "One job", {200: "JobView"}, (400, 404)),
+    _Call(
+        "post",
+        "/v1/jobs/{job}/pause",
+        "Read nothing more; what was read still becomes durable",
+        {200: "JobView"},
+        (400, 404, 409, 503),
+    ),
+    _Call("post", "/v1/jobs/{job}/resume", "Go on", {200: "JobView"}, (400, 404, 409, 503)),
+    _Call(
+        "post",
+        "/v1/jobs/{job}/rate",
+        "Limit what it reads per second",
+        {200: "JobView"},
+        (400, 404, 408, 409, 413, 422, 503),
+        body="RateBody",
+    ),
+    _Call(
+        "post",
+        "/v1/jobs/{job}/cancel",
+        "End it; answered once it has ended",
+        {200: "JobView"},
+        (400, 404, 409, 500),
+    ),
+    _Call(
+        "get",
         "/v1/events",
         "What happens from now on, one JSON object a line; empty lines mean nothing",
         {200: "application/jsonl"},
@@ -179,7 +222,10 @@ def document() -> dict[str, Any]:
 def _operation(call: _Call) -> dict[str, Any]:
     words = re.findall(r"\{(\w+)\}", call.path)
     last = call.path.rsplit("/", 1)[-1].strip("{}").replace(".json", "")
-    last = f"{last}_bitmap" if last in ("clear", "merge") else last
+    if last in ("clear", "merge"):
+        last = f"{last}_bitmap"
+    elif last in ("pause", "resume", "rate", "cancel"):
+        last = f"{last}_job"
     operation: dict[str, Any] = {
         "operationId": f"{call.method}_{last}",
         "summary": call.summary,
