@@ -52,6 +52,10 @@ def add_commands(app: typer.Typer) -> None:
     app.add_typer(disk_app, name="disk")
     app.command("status", cls=StrictCommand)(status)
     add_pull(app)
+    # Only here: their module takes its options from this one.
+    from fleecenbd.cli.job_commands import job_app
+
+    app.add_typer(job_app, name="job")
 
 
 def call(control: str | None, method: str, *words: str, **options: Any) -> Any:

@@ -59,7 +59,7 @@ def duration(seconds: float) -> str:
 
 def disk_table(disks: Iterable[Mapping[str, Any]], *, brief: bool = False) -> Table:
     """A line for each disk; ``brief``: clients are counted, and no images."""
-    table = _table("DISK", "SIZE", "CLIENTS", "SESSIONS", "GUEST WRITES")
+    table = columns("DISK", "SIZE", "CLIENTS", "SESSIONS", "GUEST WRITES")
     if not brief:
         table.add_column("IMAGE", no_wrap=True)
     for disk in disks:
@@ -72,7 +72,7 @@ def disk_table(disks: Iterable[Mapping[str, Any]], *, brief: bool = False) -> Ta
 
 def session_table(sessions: Iterable[Mapping[str, Any]], *, brief: bool = False) -> Table:
     """A line for each session; ``brief``: without its id."""
-    table = _table("SESSION", "STATE", "BEGUN", "DISKS", "PAUSE", "TEMP")
+    table = columns("SESSION", "STATE", "BEGUN", "DISKS", "PAUSE", "TEMP")
     if not brief:
         table.add_column("ID", no_wrap=True)
     for session in sessions:
@@ -91,7 +91,7 @@ def session_table(sessions: Iterable[Mapping[str, Any]], *, brief: bool = False)
 
 def bitmap_table(bitmaps: Mapping[str, Iterable[Mapping[str, Any]]]) -> Table:
     """A line for each bitmap; ``bitmaps``: those of each disk."""
-    table = _table("DISK", "BITMAP", "STATE", "DIRTY", "GRANULARITY", "SINCE", "USED BY", "ID")
+    table = columns("DISK", "BITMAP", "STATE", "DIRTY", "GRANULARITY", "SINCE", "USED BY", "ID")
     for disk, found in bitmaps.items():
         for bitmap in found:
             since = bitmap["since"]
@@ -110,7 +110,7 @@ def fleece_table(sessions: Iterable[Mapping[str, Any]], *, brief: bool = False) 
 
     One that broke has none: all of it was given up, but that is no backup that is done.
     """
-    table = _table("EXPORT", "RELEASED", "", "LEFT", "TEMP", "GUEST P99")
+    table = columns("EXPORT", "RELEASED", "", "LEFT", "TEMP", "GUEST P99")
     if not brief:
         for column in ("PEAK", "LIMIT", "CLIENTS"):
             table.add_column(column, no_wrap=True)
@@ -200,6 +200,12 @@ def status_parts(status: Mapping[str, Any], *, brief: bool = False) -> Sequence[
         parts += [Text(""), session_table(sessions, brief=brief)]
     if active:
         parts += [Text(""), fleece_table(active, brief=brief), *_broken(active)]
+    jobs = status.get("jobs", [])
+    if jobs := [job for job in jobs if job["ended_at"] is None] if brief else jobs:
+        # Only here: its module needs this one.
+        from fleecenbd.cli.job_tables import job_table
+
+        parts += [Text(""), job_table(jobs, brief=brief)]
     if active and not brief:
         uris = Table.grid(padding=(0, 2))
         for session in active:
@@ -225,8 +231,9 @@ def _state(session: Mapping[str, Any]) -> str:
     return str(session["state"])
 
 
-def _table(*columns: str) -> Table:
+def columns(*names: str) -> Table:
+    """A table of these columns, whose values stay on one line."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, no_wrap=True)
+    for name in names:
+        table.add_column(name, no_wrap=True)
     return table
