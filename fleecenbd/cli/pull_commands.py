@@ -199,12 +199,20 @@ def pull(
     checksum: ChecksumOption = None,
     progress: ProgressOption = "auto",
     progress_fd: ProgressFd = None,
+    no_keep: Annotated[
+        bool,
+        typer.Option(
+            "--no-keep",
+            hidden=True,
+            help="Leave nothing behind where it fails or is cancelled: its session ends with it.",
+        ),
+    ] = False,
     commands: Annotated[
         bool,
         typer.Option(
             "--commands",
             hidden=True,
-            help="Lines of JSON on stdin: pause, resume, rate, cancel; its end cancels.",
+            help="Lines of JSON on stdin: pause, resume, rate, cancel; its end cancels, and keeps.",
         ),
     ] = False,
 ) -> None:
@@ -245,6 +253,7 @@ def pull(
         compress=compress,
         journal=journal,
         journal_folder=folder,
+        keep=not no_keep,
         **speed_and_safety(
             connections=connections,
             requests=requests,

@@ -25,6 +25,8 @@ from fleecenbd.client.telling import text_of
 INTERRUPTED = 130
 TERMINATED = 1
 """Exit statuses after SIGINT (and ``cancel``), and after SIGTERM."""
+LEFT_ALONE_S = 30.0
+"""Seconds that a pull may go on once nobody is left who could end it."""
 
 Result = TypeVar("Result")
 
@@ -115,15 +117,24 @@ def run_until_signal(work: Callable[[], Awaitable[Result]]) -> Result:
 
 
 def listen(controls: Controls, task: asyncio.Task[Any]) -> None:
-    """Obey what stdin says, line by line, in a thread; its end cancels the task."""
+    """Obey what stdin says, line by line, in a thread; its end cancels the task.
+
+    At its end whoever started this has gone, or is going: what is durable is kept for its next
+    life, and if the pull hangs, the kernel ends it.
+    """
     loop = asyncio.get_running_loop()
+
+    def left_alone() -> None:
+        controls.keeps = True
+        task.cancel()
 
     def read() -> None:
         stdin = sys.stdin
         for line in stdin if stdin is not None else ():
             loop.call_soon_threadsafe(obey, line, controls, task)
+        signal.setitimer(signal.ITIMER_REAL, LEFT_ALONE_S)  # SIGALRM: no handler, none needed
         try:
-            loop.call_soon_threadsafe(task.cancel)
+            loop.call_soon_threadsafe(left_alone)
         except RuntimeError:
             return  # the pull has ended, and its loop is closed
 

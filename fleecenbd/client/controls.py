@@ -16,6 +16,8 @@ class Controls:
     def __init__(self, bytes_per_s: float | None = None) -> None:
         self.rate = Rate(bytes_per_s)
         self.is_paused = False
+        self.keeps = False
+        """What is durable stays for ``resume`` if the pull fails now, whatever was asked for."""
         self._copying: CopyLoop | None = None
 
     def attach(self, copying: CopyLoop) -> None:

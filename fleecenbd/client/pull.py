@@ -219,7 +219,7 @@ class _Pull:
         """After a failure: keep what is durable, if there is any and it can be of use."""
         options, places = self._options, self._places
         try:
-            if options.keep and journal.durable.bits.any():
+            if (options.keep or self._controls.keeps) and journal.durable.bits.any():
                 self.kept = places.part or options.target
                 await target.keep()
             else:

@@ -16,6 +16,7 @@ import pytest
 
 from fleecenbd.cli import pulling
 from fleecenbd.cli.errors import CommandError
+from fleecenbd.cli.main import run
 from fleecenbd.cli.pull_view import PullView, facts, summary
 from fleecenbd.client.controls import Controls
 from fleecenbd.client.events import Checksum, Done, Failed, Note, Progress, Start
@@ -257,8 +258,12 @@ async def test_a_line_that_is_no_command_is_told_and_changes_nothing(
     assert "a line on stdin is no command" in capfd.readouterr().err
 
 
-async def test_the_end_of_stdin_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_end_of_stdin_cancels_and_keeps_what_is_durable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO('{"command": "pause"}\n'))
+    timers: list[object] = []
+    monkeypatch.setattr(signal, "setitimer", lambda *timer: timers.append(timer))
     controls = Controls()
 
     async def work() -> None:
@@ -270,6 +275,20 @@ async def test_the_end_of_stdin_cancels(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(asyncio.CancelledError):
         await asyncio.create_task(work())
     assert controls.is_paused
+    assert controls.keeps
+    assert timers == [(signal.ITIMER_REAL, pulling.LEFT_ALONE_S)], "a pull that hangs ends, too"
+
+
+def test_a_cancel_keeps_as_was_asked_for(monkeypatch: pytest.MonkeyPatch, own_logs: None) -> None:
+    asked: list[PullOptions] = []
+
+    async def never(options: PullOptions, told: Any, **_: Any) -> None:
+        asked.append(options)
+
+    monkeypatch.setattr(pulling, "pull", never)
+    for words, keep in (((), True), (("--no-keep",), False)):
+        assert run(["pull", URI, "/t", *words]) == 0
+        assert asked.pop().keep == keep
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 1)])

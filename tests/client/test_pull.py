@@ -205,6 +205,14 @@ async def test_a_pull_that_need_not_be_kept_leaves_nothing(pulling: Pulling) -> 
     assert pulling.left() == set()
 
 
+async def test_a_pull_that_nobody_needs_is_kept_where_who_started_it_has_gone(
+    pulling: Pulling,
+) -> None:
+    pulling.controls.keeps = True
+    await _fail_half_way(pulling, keep=False)
+    assert pulling.left() == {"vm.raw.part", "vm.raw.journal"}
+
+
 async def test_a_pull_that_has_not_ended_is_not_pulled_over(pulling: Pulling) -> None:
     await _fail_half_way(pulling)
     error = await pulling.fails()
