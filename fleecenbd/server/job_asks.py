@@ -81,6 +81,8 @@ class JobAsk:
             ("--read-once", self.read_once),
             ("--verify", self.verify),
             ("--compress", self.compress),
+            # Where it fails the session ends: nothing could go on with what is kept.
+            ("--no-keep", self.finish),
         )
         words += [option for option, is_set in flags if is_set]
         values = (

@@ -1,6 +1,7 @@
 """``fleecenbd job``: what is typed and printed. The pulls are played (tests/server/playing.py)."""
 
 import asyncio
+import dataclasses
 import json
 import re
 import signal
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from fleecenbd.cli import job_watching
+from fleecenbd.cli import job_watching, pulling
 from fleecenbd.cli.job_commands import absolute_target
 from fleecenbd.cli.job_watching import outcome
 from fleecenbd.cli.main import run
+from fleecenbd.client.options import PullOptions
+from fleecenbd.server.job_asks import JobAsk
 from tests.cli.conftest import Fails
 from tests.server.playing import TARGET, Play, playing
 from tests.server.room import SIZE
@@ -63,6 +66,33 @@ async def test_start_prints_the_id_and_says_where_the_server_finds_the_target(
         assert job["finish"]
         await child.begins(job["session_id"])
         await child.completes()
+
+
+def test_a_pull_understands_what_a_job_asks_of_it(
+    monkeypatch: pytest.MonkeyPatch, own_logs: None
+) -> None:
+    asked: list[PullOptions] = []
+
+    async def never(options: PullOptions, told: Any, **_: Any) -> None:
+        asked.append(options)
+
+    monkeypatch.setattr(pulling, "pull", never)
+    monkeypatch.setattr(pulling, "listen", lambda *_: None)
+    everything = JobAsk(
+        *("n", "vda", "qcow2:/t"),
+        **{"finish": True, "force": True, "resume": True, "trim": False, "verify": True},
+        **{"compress": True, "checksum": "sha256", "bitmap": "chain", "rate": 1000},
+        **{"connections": 2, "requests": 8, "retries": 0, "journal": "/j"},
+    )
+    for ask in (everything, JobAsk("n", "vda", "/t"), JobAsk("n", "vda", "/t", read_once=True)):
+        assert run(["pull", *ask.arguments("nbd://h/x")]) == 0
+        options = asked.pop()
+        assert (options.source, options.target) == ("nbd://h/x", ask.target)
+        assert options.keep is not ask.finish
+        left_out = {"session", "disk", "target", "finish"}
+        for name in {field.name for field in dataclasses.fields(ask)} - left_out:
+            if (value := getattr(ask, name)) is not None:
+                assert getattr(options, name) == value, name
 
 
 @pytest.mark.parametrize(

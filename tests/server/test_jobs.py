@@ -68,6 +68,9 @@ def test_every_option_is_handed_on() -> None:
     once = JobAsk("n", "vda", "/t", read_once=True)
     once.check()
     assert "--read-once" in once.arguments("nbd://h/x")
+    assert "--no-keep" not in once.arguments("nbd://h/x")
+    last = JobAsk("n", "vda", "/t", finish=True)
+    assert "--no-keep" in last.arguments("nbd://h/x"), "no session is left to go on with"
 
 
 async def test_a_child_has_pipes_and_nothing_else_of_the_server(
