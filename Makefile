@@ -21,14 +21,14 @@ SEEDS ?= 200
 RUNS ?= 20
 SECONDS ?= 60
 
-.PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress kills guest bare bench bench-scale coverage mutate dist drawings clean
+.PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress kills kills-pull guest bare bench bench-scale coverage mutate dist drawings clean
 
 help:  ## this text
 	@echo "fleecenbd - make targets:"
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  SEEDS=N SEED=n RUNS=N SECONDS=N   how many, which one, how long: simulate, differential, stress, kills, fuzz"
+	@echo "  SEEDS=N SEED=n RUNS=N SECONDS=N   how many, which one, how long: simulate, differential, stress, kills, kills-pull, fuzz"
 	@echo "  PEERS=trixie            Debian 13's clients and QEMU: interop, differential, bench"
 	@echo "  DEBIAN=12               or 13: bare"
 	@echo "  QUICK=1 KEEP=1 STRICT=1 short, also into docs/benchmarks, fail where a row falls short: bench"
@@ -103,6 +103,9 @@ stress: $(TOOLS)  ## fio with verify, two pulls, a trimmer and a killed client: 
 
 kills: $(TOOLS)  ## a server killed with work in flight, and started again: RUNS=N times (20), SEED=n
 	$(PYTHON) -m tests.durability.kills $(RUNS) $(SEED)
+
+kills-pull: $(TOOLS)  ## a pull whose client, server or both are killed, and resumed: RUNS=N backups (20), SEED=n
+	$(PYTHON) -m tests.durability.pull_kills $(RUNS) $(SEED)
 
 guest: $(TOOLS)  ## a Linux guest on the guest export: backups, discards, restarts under it
 	$(PYTHON) -m pytest -s tests/guest/test_*.py tests/guest/long_*.py $(PYTEST)

@@ -20,7 +20,7 @@ from fleecenbd.client import checksums, leftovers
 from fleecenbd.client.block_io import READ_LENGTH_MAX
 from fleecenbd.client.checksums import BLOCK_SIZE, Checksums
 from fleecenbd.client.controls import Controls
-from fleecenbd.client.copy_loop import IN_FLIGHT_LENGTH_MAX, CopyLoop
+from fleecenbd.client.copy_loop import BATCH_LENGTH, IN_FLIGHT_LENGTH_MAX, CopyLoop
 from fleecenbd.client.endpoints import Source, Target
 from fleecenbd.client.events import Checksum, Done, Event, Failed, Note, OnEvent, Start
 from fleecenbd.client.journal import COMPLETE, COMPLETING, Header, Journal
@@ -247,6 +247,7 @@ class _Pull:
             trims=options.trim and not options.read_once and ACCESS in source.contexts,
             read_length=max(READ_LENGTH_MAX, self._align(source)),
             in_flight_length=self._in_flight_length(),
+            batch_length=BATCH_LENGTH,
         )
         self._controls.attach(copying)
         self._on_event(
