@@ -11,6 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from fleecenbd.cli import logs, values
+from fleecenbd.cli.begin_options import (
+    CbwTimeout,
+    ClusterSize,
+    OnCbwError,
+    TempLimit,
+    begin_body,
+)
 from fleecenbd.cli.command import StrictCommand
 from fleecenbd.cli.control_options import (
     FreezeCommand,
@@ -20,7 +27,6 @@ from fleecenbd.cli.control_options import (
     Ttl,
 )
 from fleecenbd.cli.errors import UsageError
-from fleecenbd.cli.options import choose_session_options
 from fleecenbd.cli.pull_commands import add_pull
 from fleecenbd.cli.values import DiskSpec
 from fleecenbd.engine.recording import MODES, USE_OR_NEW
@@ -76,40 +82,10 @@ def begin(
         list[str] | None,
         typer.Option(metavar="DISK", show_default=False, help="One of its disks. Default: all."),
     ] = None,
-    on_cbw_error: Annotated[
-        str | None,
-        typer.Option(
-            metavar="break-snapshot|break-guest-write",
-            show_default=False,
-            help="When old data cannot be kept: give up the session, or fail the guest's write. "
-            "Default: break-snapshot.",
-        ),
-    ] = None,
-    cbw_timeout: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SECONDS",
-            show_default=False,
-            help="How long a guest's write may wait for old data to be kept; 0: for ever. "
-            "Default: 20.",
-        ),
-    ] = None,
-    temp_limit: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            show_default=False,
-            help="Most that one disk's temp image may hold, as in 10G. Default: no limit.",
-        ),
-    ] = None,
-    cluster_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            show_default=False,
-            help="Unit of copying, a power of two. Default: 4k, more for disks past 256 GiB.",
-        ),
-    ] = None,
+    on_cbw_error: OnCbwError = None,
+    cbw_timeout: CbwTimeout = None,
+    temp_limit: TempLimit = None,
+    cluster_size: ClusterSize = None,
     bitmap: Annotated[
         str | None,
         typer.Option(
@@ -154,17 +130,18 @@ def begin(
     values.check_name(name, "a session")
     for word in disk or []:
         values.check_name(word, "a disk")
-    options = choose_session_options(
-        temp_limit=temp_limit,
-        cluster_size=cluster_size,
-        on_cbw_error=on_cbw_error,
-        cbw_timeout=cbw_timeout,
-    )
     body: dict[str, Any] = {
-        "on_cbw_error": options.on_cbw_error,
-        "cbw_timeout": options.cbw_timeout_s,
-        "temp_limit": options.temp_limit,
-        "cluster_size": options.cluster_size,
+        **begin_body(
+            on_cbw_error=on_cbw_error,
+            cbw_timeout=cbw_timeout,
+            temp_limit=temp_limit,
+            cluster_size=cluster_size,
+            ttl=ttl,
+            idle_ttl=idle_ttl,
+            freeze_cmd=freeze_cmd,
+            thaw_cmd=thaw_cmd,
+            hook_timeout=hook_timeout,
+        ),
         "disks": disk or None,
         "owner": owner,
     }
@@ -173,12 +150,6 @@ def begin(
         body["bitmap_mode"] = _bitmap_mode(bitmap_mode)
     elif bitmap_mode is not None:
         raise UsageError("--bitmap-mode cannot be given without --bitmap")
-    for key, text in (("ttl", ttl), ("idle_ttl", idle_ttl), ("hook_timeout", hook_timeout)):
-        if text is not None:
-            body[key] = values.parse_period(text, f"--{key.replace('_', '-')}")
-    for key, command in (("freeze_cmd", freeze_cmd), ("thaw_cmd", thaw_cmd)):
-        if command is not None:
-            body[key] = command or None
     answer = call(control, "PUT", "sessions", name, body=body)
     for warning in answer["warnings"]:
         logs.report(f"warning: {warning}")

@@ -19,6 +19,7 @@ import msgspec
 from fleecenbd.client.journal import COMPLETE, COMPLETING, Header, Journal
 from fleecenbd.client.journal_file import DurableFile, sync_folder
 from fleecenbd.client.options import Places, PullOptions
+from fleecenbd.storage.system_calls import write_all
 
 
 def check(options: PullOptions, places: Places) -> None:
@@ -173,7 +174,7 @@ def write_durably(path: str, content: bytes) -> None:
     new = f"{path}.new"
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.write(descriptor, content)
+        write_all(descriptor, 0, content, new)
         os.fsync(descriptor)
     except BaseException:
         with suppress(OSError):

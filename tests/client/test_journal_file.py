@@ -10,6 +10,7 @@ import pytest
 
 from fleecenbd.client import journal_file
 from fleecenbd.client.journal_file import DurableFile, default_path
+from fleecenbd.client.leftovers import write_durably
 
 
 async def test_what_was_appended_and_replaced_is_there(tmp_path: Path) -> None:
@@ -107,3 +108,14 @@ def test_a_journal_elsewhere_is_named_after_its_target(tmp_path: Path) -> None:
     assert one.startswith(f"{tmp_path}/dev-vg-backup-")
     assert one.endswith(".journal")
     assert one != default_path("/dev/vg-backup", tmp_path)
+
+
+def test_a_small_file_is_written_whole_though_the_kernel_takes_it_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, bytes(data)[:3], at))
+    monkeypatch.setattr(os, "write", lambda fd, data: pwrite(fd, bytes(data)[:3], 0))
+    write_durably(str(tmp_path / "small"), b"a small file")
+    assert (tmp_path / "small").read_bytes() == b"a small file"
+    assert os.listdir(tmp_path) == ["small"]
