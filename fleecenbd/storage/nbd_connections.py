@@ -1,0 +1,306 @@
+"""Several connections to one export: requests are shared out, lost connections are made anew.
+
+    submit ──▶ waiting ──▶ the least busy connection with room ──▶ reply
+                  ▲                      │
+                  └──── no reply ◀── connection lost ──▶ back-off ──▶ made anew, if it is the same
+
+Order rules
+    * A request that got no reply is sent again, on whichever connection has room: nothing that can
+      be asked here does harm when it is done twice. An error reply is a reply.
+    * A connection that is made anew must lead to what the first one led to: the same size and meta
+      contexts, and whatever else the owner's ``accept`` looks at. Else nothing is asked there, and
+      nothing more anywhere.
+    * ``generation`` is counted up before a request is sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from fleecenbd.storage.errors import closed_error
+from fleecenbd.storage.nbd_connection import NbdConnection, NbdRequest, Send
+from fleecenbd.storage.nbd_errors import NbdErrorReply, NbdLost, NbdRefused
+from fleecenbd.storage.nbd_handshake import NbdFacts
+
+RETRY_FIRST_S = 0.1
+RETRY_MAX_S = 10.0
+"""Seconds before the first attempt to connect again, doubled each time, and at most."""
+CLOSE_TIMEOUT_S = 10.0
+"""Seconds that closing leaves to what is being written."""
+
+Tell: TypeAlias = Callable[[str], None]
+Accept: TypeAlias = Callable[[NbdFacts], None]
+
+
+class NbdConnections:
+    """Those of one client. To be opened first, and closed in the end, whatever ``open`` did."""
+
+    def __init__(
+        self, uri: str, contexts: Sequence[str], *, retries: int, tell: Tell, accept: Accept
+    ) -> None:
+        self.facts: NbdFacts
+        """What was agreed on with the first connection."""
+        self.generation = 0
+        """Connections lost so far."""
+        self.wanted = 1
+        """Connections that there are, or that are being made anew."""
+        self._uri = uri
+        self._contexts = tuple(contexts)
+        self._retries = retries
+        self._tell = tell
+        self._accept = accept
+        self._loop = asyncio.get_running_loop()
+        self._open: list[NbdConnection] = []
+        self._waiting: deque[NbdRequest] = deque()
+        self._attempts = 0
+        """Attempts to connect again since the last reply."""
+        self._reconnecting: asyncio.Task[None] | None = None
+        self._failure: OSError | None = None
+        """Why no call succeeds any more."""
+        self._replied = asyncio.Event()
+        self._asker: NbdConnection | None = None
+        """A connection on which the server's texts are kept."""
+        self._asking = asyncio.Lock()
+
+    async def open(self, connections: int) -> None:
+        """Make the first, and more as far as the server takes them. Raises OSError."""
+        first = await self._connect()
+        self.facts = first.facts
+        self._take(first)
+        if first.facts.can_multi_conn:
+            self.wanted = connections
+        while len(self._open) < self.wanted:
+            try:
+                connection = await self._connect()
+            except OSError as error:
+                self._go_on_with_fewer(error)
+                return
+            self._take(connection)
+
+    async def _connect(self, *, keeps_texts: bool = False) -> NbdConnection:
+        return await NbdConnection.connect(
+            self._uri,
+            self._contexts,
+            on_reply=self._on_reply,
+            on_lost=self._asker_lost if keeps_texts else self._lost,
+            keeps_texts=keeps_texts,
+        )
+
+    def _take(self, connection: NbdConnection) -> None:
+        """Use a new connection, if it leads to the right thing. Raises OSError."""
+        try:
+            self._check(connection.facts)
+        except OSError:
+            connection.abandon()
+            raise
+        self._open.append(connection)
+        self._dispatch()
+
+    def _check(self, facts: NbdFacts) -> None:
+        if facts.size != self.facts.size:
+            raise NbdLost(
+                errno.ESTALE,
+                f"another disk answers there now: it has {facts.size} bytes, and not "
+                f"{self.facts.size}",
+                self._uri,
+            )
+        self._accept(facts)
+        missing = self.facts.contexts - facts.contexts
+        if missing:
+            raise NbdLost(
+                errno.ESTALE,
+                f"another export answers there now: it knows nothing of {min(missing)}",
+                self._uri,
+            )
+
+    def _go_on_with_fewer(self, error: OSError) -> None:
+        self.wanted = len(self._open)
+        self._tell(
+            f"{self._uri}: no more connections than {self.wanted}: {error.strerror or error}"
+        )
+
+    # -- requests ------------------------------------------------------------------------------
+
+    async def call(self, send: Send, length: int, *, changes: bool = False) -> None:
+        """Ask, and wait for the reply. ``length``: bytes of payload, either way.
+
+        Raises OSError: NbdErrorReply is the server's answer.
+        """
+        request = NbdRequest(send, length, changes, self._loop.create_future())
+        if self._failure is not None:
+            raise self._failure_anew()
+        if self._waiting or not self._issue(request):
+            self._waiting.append(request)
+        await request.future
+
+    def _issue(self, request: NbdRequest) -> bool:
+        """Send it on the least busy connection that has room, if there is one."""
+        best: NbdConnection | None = None
+        for connection in self._open:
+            if (best is None or connection.bytes < best.bytes) and connection.has_room(
+                request.length
+            ):
+                best = connection
+        if best is None:
+            return False
+        best.issue(request)
+        return True
+
+    def _dispatch(self) -> None:
+        waiting = self._waiting
+        while waiting:
+            request = waiting.popleft()
+            if not request.future.done() and not self._issue(request):
+                waiting.appendleft(request)
+                return
+
+    def _on_reply(self) -> None:
+        self._attempts = 0
+        self._replied.set()
+        if self._waiting:
+            self._dispatch()
+
+    # -- a lost connection ---------------------------------------------------------------------
+
+    def _lost(
+        self, connection: NbdConnection, unanswered: list[NbdRequest], error: OSError
+    ) -> None:
+        self.generation += 1
+        self._open.remove(connection)
+        self._waiting.extendleft(reversed(unanswered))
+        if self._reconnecting is None:
+            self._reconnecting = self._loop.create_task(
+                self._reconnect(error), name=f"reconnect {self._uri}"
+            )
+        self._dispatch()
+
+    async def _reconnect(self, why: OSError) -> None:
+        try:
+            await self._reconnect_all(why)
+        except OSError as error:
+            self._fail(error)
+        finally:
+            self._reconnecting = None
+
+    async def _reconnect_all(self, why: OSError) -> None:
+        """Raises OSError when there is no hope left."""
+        attempts = self._attempts
+        while len(self._open) < self.wanted:
+            if attempts >= self._retries:
+                if not self._open:
+                    raise self._given_up(why, attempts)
+                self._go_on_with_fewer(why)
+                return
+            delay_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2**attempts)
+            attempts += 1
+            self._attempts = max(attempts, self._attempts)
+            self._tell(
+                f"{self._uri}: {why.strerror}; connecting again in {delay_s:g} s "
+                f"(attempt {attempts} of {self._retries})"
+            )
+            await asyncio.sleep(delay_s)
+            while len(self._open) < self.wanted:
+                try:
+                    connection = await self._connect()
+                except NbdRefused as refused:
+                    raise NbdLost(refused.errno, refused.strerror, self._uri) from refused
+                except OSError as error:
+                    why = error
+                    break
+                self._take(connection)
+
+    def _given_up(self, why: OSError, attempts: int) -> OSError:
+        tried = f"; connecting again failed {attempts} times" if attempts else ""
+        return NbdLost(why.errno, f"the connection is lost: {why.strerror}{tried}", self._uri)
+
+    def _fail(self, error: OSError) -> None:
+        """From now on every call fails with this, those that wait among them."""
+        if self._failure is None:
+            self._failure = error
+        self._fail_requests(self._abandon())
+
+    def _failure_anew(self) -> OSError:
+        """Not the same object for everybody, each of whom adds to its traceback."""
+        failure = self._failure
+        assert failure is not None, "something failed"
+        anew = type(failure)(failure.errno, failure.strerror, failure.filename)
+        anew.__cause__ = failure.__cause__
+        return anew
+
+    def _fail_requests(self, requests: list[NbdRequest]) -> None:
+        for request in requests:
+            if not request.future.done():
+                request.future.set_exception(self._failure_anew())
+
+    def _abandon(self) -> list[NbdRequest]:
+        requests = list(self._waiting)
+        self._waiting.clear()
+        for connection in self._open:
+            requests += connection.abandon()
+        self._open.clear()
+        return requests
+
+    # -- the server's own text -----------------------------------------------------------------
+
+    async def ask_again(self, send: Send, length: int, error: NbdErrorReply) -> None:
+        """Ask for what failed with ``error`` once more, where the server's text can be had.
+
+        Returns if it succeeds now; else it raises the error with the text.
+        """
+        async with self._asking:
+            if self._failure is not None:
+                raise self._failure_anew()
+            try:
+                if self._asker is None:
+                    asker = await self._connect(keeps_texts=True)
+                    try:
+                        self._check(asker.facts)
+                    except OSError:
+                        asker.abandon()
+                        raise
+                    self._asker = asker
+            except OSError:
+                raise error from None  # what this says is of the connection, not of the request
+            self._text_error = error
+            request = NbdRequest(send, length, False, self._loop.create_future())
+            self._asker.issue(request)
+            await request.future
+            self._tell(f"{self._uri}: {error.strerror}; asked once more, it went well")
+
+    def _asker_lost(
+        self, _connection: NbdConnection, unanswered: list[NbdRequest], _error: OSError
+    ) -> None:
+        self._asker = None
+        for request in unanswered:
+            request.future.set_exception(self._text_error)
+
+    # -- the end -------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Take no more calls; let what is being written end, say goodbye, and hang up."""
+        if self._failure is None:
+            self._failure = closed_error(self._uri)
+        reconnecting = self._reconnecting
+        if reconnecting is not None:
+            reconnecting.cancel()
+            await asyncio.wait({reconnecting})
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        self._fail_requests(waiting)
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                while any(connection.is_changing for connection in self._open):
+                    self._replied.clear()
+                    await self._replied.wait()
+        except TimeoutError:
+            pass
+        finally:
+            connections = [*self._open, *([self._asker] if self._asker is not None else [])]
+            self._open.clear()
+            self._asker = None
+            for requests in await asyncio.gather(*(each.close() for each in connections)):
+                self._fail_requests(requests)
