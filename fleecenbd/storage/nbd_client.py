@@ -105,10 +105,11 @@ class NbdClient:
             return bytearray()
         if length > facts.payload_max or (offset | length) & (facts.block_size_min - 1):
             return await self._pread_pieces(offset, length)
-        buffer = nbd.Buffer(length)  # its memory is not cleared first
+        # A bytearray whose memory was not cleared: a fifth of a pull's CPU time. It is taken out of
+        # its nbd.Buffer, because libnbd (1.14, 1.22) never lets go of what it is handed in one.
+        buffer: bytearray = nbd.Buffer(length)._o
         await self._read(lambda handle: handle.aio_pread(buffer, offset), length)
-        data: bytearray = buffer.to_buffer()
-        return data
+        return buffer
 
     async def _pread_pieces(self, offset: int, length: int) -> Buffer:
         start, stop = self._widened(offset, length)
@@ -155,14 +156,20 @@ class NbdClient:
         await self._change(lambda handle: handle.aio_pwrite(piece, offset), length)
 
     async def trim(self, offset: int, length: int) -> None:
-        """Discard, where the server can. The range may read as anything then."""
-        if not self.facts.can_trim:
+        """Discard what the range has of whole blocks, where the server can. It may read as
+        anything then."""
+        facts = self.facts
+        mask = facts.block_size_min - 1
+        start, stop = (offset + mask) & ~mask, offset + length
+        if stop != facts.size:
+            stop &= ~mask
+        if not facts.can_trim or start >= stop:
             return
 
         async def trim(at: int, count: int) -> None:
             await self._change(lambda handle: handle.aio_trim(count, at), 0)
 
-        await self._in_pieces(trim, offset, length, NO_PAYLOAD_LENGTH_MAX)
+        await self._in_pieces(trim, start, stop - start, NO_PAYLOAD_LENGTH_MAX)
 
     async def flush(self) -> None:
         """Return when the server says that everything whose write has ended is durable."""

@@ -48,7 +48,7 @@ Send: TypeAlias = Callable[[Any], int]
 class NbdRequest:
     """A call that is waited for."""
 
-    __slots__ = ("changes", "future", "length", "send")
+    __slots__ = ("changes", "future", "length", "lost", "send")
 
     def __init__(
         self, send: Send, length: int, changes: bool, future: asyncio.Future[None]
@@ -60,6 +60,8 @@ class NbdRequest:
         self.changes = changes
         """Whether the disk is another one afterwards."""
         self.future = future
+        self.lost = 0
+        """How often a connection was lost under it."""
 
 
 class NbdConnection:
@@ -83,6 +85,7 @@ class NbdConnection:
         self._on_reply = on_reply
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
+        self.since = self._loop.time()
         self._requests: dict[int, NbdRequest] = {}
         """In flight, by libnbd's cookie. Keeps what they read into or write from alive."""
         self._direction = 0
@@ -115,16 +118,6 @@ class NbdConnection:
         texts.take()
         return cls(uri, handle, texts if keeps_texts else None, on_reply, on_lost)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether requests can be sent."""
-        return self._handle is not None
-
-    @property
-    def in_flight(self) -> int:
-        """Requests that are not answered."""
-        return len(self._requests)
-
     def has_room(self, length: int) -> bool:
         """Whether a request with so many bytes of payload may be sent now."""
         count = len(self._requests)
@@ -149,6 +142,8 @@ class NbdConnection:
 
     def _on_readable(self) -> None:
         handle, ready, answered = self._handle, self._ready.poll, False
+        if handle is None:
+            return  # let go of since the loop has seen it
         for _ in range(REPLIES_PER_TURN):
             try:
                 handle.aio_notify_read()
@@ -171,6 +166,8 @@ class NbdConnection:
 
     def _on_writable(self) -> None:
         handle = self._handle
+        if handle is None:
+            return
         if not handle.aio_get_direction() & nbd.AIO_DIRECTION_WRITE:
             self._look()  # a reply came first
             return

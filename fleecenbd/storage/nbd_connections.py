@@ -29,6 +29,10 @@ from fleecenbd.storage.nbd_handshake import NbdFacts
 RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 10.0
 """Seconds before the first attempt to connect again, doubled each time, and at most."""
+REQUEST_LOST_MAX = 10
+"""Connections that may be lost under one request: it may be what the server dies of."""
+LASTING_S = 10.0
+"""Seconds after which a connection counts as one that works, even if nothing was asked on it."""
 CLOSE_TIMEOUT_S = 10.0
 """Seconds that closing leaves to what is being written."""
 
@@ -57,13 +61,15 @@ class NbdConnections:
         self._open: list[NbdConnection] = []
         self._waiting: deque[NbdRequest] = deque()
         self._attempts = 0
-        """Attempts to connect again since the last reply."""
+        """Attempts to connect again since a connection last worked: since a reply, that is."""
         self._reconnecting: asyncio.Task[None] | None = None
         self._failure: OSError | None = None
         """Why no call succeeds any more."""
         self._replied = asyncio.Event()
         self._asker: NbdConnection | None = None
         """A connection on which the server's texts are kept."""
+        self._asked: NbdErrorReply | None = None
+        """What is asked again there."""
         self._asking = asyncio.Lock()
 
     async def open(self, connections: int) -> None:
@@ -171,12 +177,29 @@ class NbdConnections:
     ) -> None:
         self.generation += 1
         self._open.remove(connection)
-        self._waiting.extendleft(reversed(unanswered))
+        if self._failure is not None:
+            self._fail_requests(unanswered)
+            self._replied.set()
+            return
+        self._ask_later(unanswered, error)
+        if self._loop.time() - connection.since > LASTING_S:
+            self._attempts = 0
         if self._reconnecting is None:
             self._reconnecting = self._loop.create_task(
                 self._reconnect(error), name=f"reconnect {self._uri}"
             )
         self._dispatch()
+
+    def _ask_later(self, unanswered: list[NbdRequest], error: OSError) -> None:
+        for request in reversed(unanswered):
+            request.lost += 1
+            if request.lost < REQUEST_LOST_MAX:
+                self._waiting.appendleft(request)
+            else:
+                text = f"the connection was lost {request.lost} times over one request"
+                request.future.set_exception(
+                    OSError(errno.EIO, f"{text}: {error.strerror}", self._uri)
+                )
 
     async def _reconnect(self, why: OSError) -> None:
         try:
@@ -203,7 +226,8 @@ class NbdConnections:
                 f"(attempt {attempts} of {self._retries})"
             )
             await asyncio.sleep(delay_s)
-            while len(self._open) < self.wanted:
+            # Those that are lost again meanwhile have to wait for the next time.
+            for _ in range(self.wanted - len(self._open)):
                 try:
                     connection = await self._connect()
                 except NbdRefused as refused:
@@ -265,10 +289,16 @@ class NbdConnections:
                     self._asker = asker
             except OSError:
                 raise error from None  # what this says is of the connection, not of the request
-            self._text_error = error
+            self._asked = error
             request = NbdRequest(send, length, False, self._loop.create_future())
             self._asker.issue(request)
-            await request.future
+            try:
+                await request.future
+            except asyncio.CancelledError:
+                if self._asker is not None:  # the text to come would be taken for the next one's
+                    self._asker.abandon()
+                    self._asker = None
+                raise
             self._tell(f"{self._uri}: {error.strerror}; asked once more, it went well")
 
     def _asker_lost(
@@ -276,7 +306,8 @@ class NbdConnections:
     ) -> None:
         self._asker = None
         for request in unanswered:
-            request.future.set_exception(self._text_error)
+            assert self._asked is not None, "it was asked for that"
+            request.future.set_exception(self._asked)
 
     # -- the end -------------------------------------------------------------------------------
 

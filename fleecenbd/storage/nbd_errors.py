@@ -1,9 +1,9 @@
 """What libnbd and the server say when something fails, as OSErrors that name the URI.
 
 libnbd hands out an errno and a text of its own. The server's text, which says what to do, it hands
-to a debug callback and nowhere else: as the tail of a message that begins as those in _SERVER_TEXT
-do, in libnbd 1.14 as in 1.22. So debugging is on while a connection is made, and on a connection
-that asks a failed request once more; never where it would cost.
+to a debug callback, as the tail of a message that begins as those in _SERVER_TEXT do. So debugging
+is on while a connection is made, and on a connection that asks a failed request once more; never
+where it would cost. Tried with libnbd 1.14 and 1.22, which says nothing there of a refused export.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-from typing import Any
 
 from fleecenbd.storage.libnbd import nbd
 
@@ -97,19 +96,19 @@ def closed_while_connecting(texts: ServerTexts, uri: str) -> OSError:
     return OSError(errno.ECONNRESET, text, uri)
 
 
-def go_error(number: int, texts: ServerTexts, handle: Any, uri: str) -> OSError:
-    """NBD_OPT_GO was refused; ``number`` is what libnbd makes of the reply."""
-    text = texts.take()
+def refusal_text(error: nbd.Error) -> str | None:
+    """What libnbd says of a refused NBD_OPT_GO; from 1.16 on the server's text is in it."""
+    text = error_text(error)
+    return None if text.startswith("server replied with error") else text
+
+
+def go_error(number: int, text: str | None, refuses_all: bool, uri: str) -> OSError:
+    """NBD_OPT_GO was refused. ``refuses_all``: and every other option too, without TLS."""
     if number == errno.ESHUTDOWN:
         return OSError(number, text or "the server is shutting down", uri)
     if number == errno.ENOENT:
         return NbdRefused(number, text or "the server has no export of this name", uri)
-    # A server that insists on TLS refuses structured replies as it refuses everything.
-    if (
-        number == errno.ENOTSUP
-        and not handle.get_tls_negotiated()
-        and not handle.get_structured_replies_negotiated()
-    ):
+    if number == errno.ENOTSUP and (refuses_all or "requires TLS" in (text or "")):
         hint = f" ({text})" if text else ""
         return NbdRefused(
             number,

@@ -24,6 +24,7 @@ from fleecenbd.storage.nbd_errors import (
     closed_while_connecting,
     connect_error,
     go_error,
+    refusal_text,
 )
 
 CONNECT_TIMEOUT_S = 30.0
@@ -34,6 +35,7 @@ PAYLOAD_MAX = 32 << 20
 KEEPALIVE_IDLE_S = 30
 KEEPALIVE_INTERVAL_S = 10
 KEEPALIVE_COUNT = 3
+UNACKNOWLEDGED_MAX_S = 60
 """A TCP peer that has vanished without a word is found out in a minute."""
 
 
@@ -61,16 +63,21 @@ class NbdFacts:
 async def connected_handle(uri: str, contexts: Iterable[str], texts: ServerTexts) -> Any:
     """A handle that is ready for commands, and that logs to ``texts``. Raises OSError."""
     handle = _new_handle(contexts, texts)
+    failure: OSError
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             await _shake_hands(uri, handle, texts)
+        return handle
     except nbd.Error as error:
-        raise connect_error(error, texts, uri) from None
+        failure = connect_error(error, texts, uri)
     except TimeoutError:
-        raise OSError(
-            errno.ETIMEDOUT, f"the server did not answer within {CONNECT_TIMEOUT_S:.0f} s", uri
-        ) from None
-    return handle
+        text = f"the server did not answer within {CONNECT_TIMEOUT_S:g} s"
+        failure = OSError(errno.ETIMEDOUT, text, uri)
+    except OSError as error:
+        failure = error
+    # Whoever keeps the failure must not keep the handle, which holds the connection open.
+    del handle
+    raise failure.with_traceback(None)
 
 
 def _new_handle(contexts: Iterable[str], texts: ServerTexts) -> Any:
@@ -105,7 +112,8 @@ async def _shake_hands(uri: str, handle: Any, texts: ServerTexts) -> None:
     is_asked = False
     while not handle.aio_is_ready():
         if outcome and outcome[0]:
-            raise go_error(outcome[0], texts, handle, uri)
+            await _ask_why(handle, outcome[0], texts, uri)
+            continue  # it is there by now
         if handle.aio_is_dead() or handle.aio_is_closed():
             raise closed_while_connecting(texts, uri)
         if handle.aio_is_negotiating() and not is_asked:
@@ -117,6 +125,27 @@ async def _shake_hands(uri: str, handle: Any, texts: ServerTexts) -> None:
             handle.aio_notify_read()
         else:
             handle.aio_notify_write()
+
+
+async def _ask_why(handle: Any, number: int, texts: ServerTexts, uri: str) -> None:
+    """Raise what NBD_OPT_GO was refused with; ``number`` is what libnbd makes of the reply.
+
+    Of libnbd 1.14 the text is known by now. 1.22 hands it out with the exception of a call that
+    waits for the reply, and with nothing else: so it is asked again, in a thread. Returns if the
+    export is there now.
+    """
+    text = texts.take()
+    if text is None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, handle.opt_go)
+        except nbd.Error as error:
+            text = refusal_text(error)
+        else:
+            return
+    # A server that insists on TLS refuses structured replies as it refuses everything.
+    is_plain = not handle.get_tls_negotiated()
+    refuses_all = is_plain and not handle.get_structured_replies_negotiated()
+    raise go_error(number, text, refuses_all, uri)
 
 
 async def _wait_until_ready(handle: Any) -> bool:
@@ -165,6 +194,7 @@ def keep_alive(of: socket.socket) -> None:
         of.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
         of.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
         of.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+        of.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MAX_S * 1000)
 
 
 def facts_of(handle: Any) -> NbdFacts:
