@@ -72,7 +72,7 @@ class NbdClient:
         try:
             await made.open(connections)
         except BaseException:
-            await made.close()
+            await made.hang_up()
             raise
         return cls(uri, made, explains=explains)
 
@@ -264,9 +264,10 @@ class NbdClient:
 
     def close(self) -> None:
         """Take no more calls; hang up once what is being written has ended."""
+        self._connections.close()
         if self._closing is None:
             self._closing = asyncio.create_task(
-                self._connections.close(), name=f"close {self.name}"
+                self._connections.hang_up(), name=f"close {self.name}"
             )
 
     async def wait_closed(self) -> None:

@@ -150,14 +150,15 @@ class NbdConnection:
             except nbd.Error as error:
                 self._lose([], error_text(error))
                 return
+            # First: libnbd ends what is in flight on a connection that is closed, with an error.
+            if not self._look():
+                self._lose([], "the server hung up")
+                return
             if handle.aio_in_flight() < len(self._requests):
                 answered = True
                 self._reap(handle)
                 if self._handle is None:
                     return
-            if not self._look():
-                self._lose([], "the server hung up")
-                return
             # Cheaper than to come back through the loop, where more is there already.
             if not self._requests or not ready(0):
                 break

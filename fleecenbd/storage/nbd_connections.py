@@ -311,10 +311,14 @@ class NbdConnections:
 
     # -- the end -------------------------------------------------------------------------------
 
-    async def close(self) -> None:
-        """Take no more calls; let what is being written end, say goodbye, and hang up."""
+    def close(self) -> None:
+        """Take no more calls."""
         if self._failure is None:
             self._failure = closed_error(self._uri)
+
+    async def hang_up(self) -> None:
+        """Let what is being written end, say goodbye, and hang up."""
+        self.close()
         reconnecting = self._reconnecting
         if reconnecting is not None:
             reconnecting.cancel()

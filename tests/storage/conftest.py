@@ -1,7 +1,9 @@
 """Tests of what drives sockets by itself run twice: under uvloop, and under asyncio's own loop."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+import gc
+import os
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import uvloop
@@ -15,3 +17,27 @@ def pytest_asyncio_loop_factories(
     if item.path.name in TWICE:
         return {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.SelectorEventLoop}
     return {"asyncio": asyncio.SelectorEventLoop}
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever such a test does, it leaves no socket behind."""
+    if request.path.name not in TWICE:
+        yield
+        return
+    uvloop.new_event_loop().close()  # the first one opens what all share
+    before = _descriptors()
+    yield
+    if _descriptors() - before:
+        gc.collect()  # a test's own frames
+    assert _descriptors() - before == set()
+
+
+def _descriptors() -> set[tuple[str, str]]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.add((name, os.readlink(f"/proc/self/fd/{name}")))
+        except FileNotFoundError:  # the list's own
+            continue
+    return found

@@ -222,13 +222,13 @@ class ScriptedServer:
                 return
             data = await reader.readexactly(length) if kind == WRITE else b""
             request = Request(kind, flags, cookie, offset, length, data)
-            self.requests.append(request)
-            self.asked.set()
             task = asyncio.create_task(self._answer(connection, request))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, connection: Connection, request: Request) -> None:
+        self.requests.append(request)
+        self.asked.set()
         await self.answer(connection, request)
 
 
