@@ -30,7 +30,8 @@ RETRY_FIRST_S = 0.1
 RETRY_MAX_S = 10.0
 """Seconds before the first attempt to connect again, doubled each time, and at most."""
 REQUEST_LOST_MAX = 10
-"""Connections that may be lost under one request: it may be what the server dies of."""
+"""Connections that may be lost under one request while others are answered: it may be what the
+server dies of."""
 LASTING_S = 10.0
 """Seconds after which a connection counts as one that works, even if nothing was asked on it."""
 CLOSE_TIMEOUT_S = 10.0
@@ -191,9 +192,10 @@ class NbdConnections:
         self._dispatch()
 
     def _ask_later(self, unanswered: list[NbdRequest], error: OSError) -> None:
+        lost_max = REQUEST_LOST_MAX + self.wanted * (self._retries + 1)
         for request in reversed(unanswered):
             request.lost += 1
-            if request.lost < REQUEST_LOST_MAX:
+            if request.lost < lost_max:
                 self._waiting.appendleft(request)
             else:
                 text = f"the connection was lost {request.lost} times over one request"

@@ -100,11 +100,9 @@ class ScriptedServer:
         """Those that are open."""
         self.accepted = 0
         self.requests: list[Request] = []
-        self.asked = asyncio.Event()
-        """Set by each request."""
+        self.changed = asyncio.Event()
+        """Set by each connection that comes or goes, and by each request."""
         self.said_goodbye = 0
-        self.gone = asyncio.Event()
-        """Set by each connection's end."""
         self._server: asyncio.AbstractServer | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -124,8 +122,7 @@ class ScriptedServer:
         for connection in self.connections:
             connection.drop()
         while self.connections:
-            self.gone.clear()
-            await self.gone.wait()
+            await self._change()
 
     async def close(self) -> None:
         if self._server is not None:
@@ -137,8 +134,16 @@ class ScriptedServer:
     async def seen(self, count: int) -> None:
         """Wait until so many requests have come, over all connections."""
         while len(self.requests) < count:
-            self.asked.clear()
-            await self.asked.wait()
+            await self._change()
+
+    async def taken(self, count: int) -> None:
+        """Wait until so many connections have been made."""
+        while self.accepted < count:
+            await self._change()
+
+    async def _change(self) -> None:
+        self.changed.clear()
+        await self.changed.wait()
 
     async def usual(self, connection: Connection, request: Request) -> None:
         """A disk in memory, all of it data."""
@@ -161,13 +166,14 @@ class ScriptedServer:
         connection = Connection(reader, writer)
         self.accepted += 1
         self.connections.append(connection)
+        self.changed.set()
         try:
             with suppress(asyncio.IncompleteReadError, ConnectionError):
                 if await self._negotiate(connection):
                     await self._transmit(connection)
         finally:
             self.connections.remove(connection)
-            self.gone.set()
+            self.changed.set()
             writer.close()
 
     async def _negotiate(self, connection: Connection) -> bool:
@@ -228,7 +234,7 @@ class ScriptedServer:
 
     async def _answer(self, connection: Connection, request: Request) -> None:
         self.requests.append(request)
-        self.asked.set()
+        self.changed.set()
         await self.answer(connection, request)
 
 
