@@ -90,8 +90,14 @@ def connect_error(error: nbd.Error, texts: ServerTexts, uri: str) -> OSError:
     return OSError(number or errno.ECONNRESET, text, uri)
 
 
-def closed_while_connecting(texts: ServerTexts, uri: str) -> OSError:
-    """The server hung up before the export was agreed on."""
+def closed_while_connecting(wants_tls: bool, texts: ServerTexts, uri: str) -> OSError:
+    """The handshake came to its end, and to no export; ``wants_tls``: and to no TLS either."""
+    if wants_tls:
+        return NbdRefused(
+            errno.ENOTSUP,
+            "the server offers no TLS: connect by nbd:// or nbd+unix://, or give the server keys",
+            uri,
+        )
     text = texts.take() or "the server hung up during the handshake: its log may say why"
     return OSError(errno.ECONNRESET, text, uri)
 

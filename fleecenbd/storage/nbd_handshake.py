@@ -115,7 +115,8 @@ async def _shake_hands(uri: str, handle: Any, texts: ServerTexts) -> None:
             await _ask_why(handle, outcome[0], texts, uri)
             continue  # it is there by now
         if handle.aio_is_dead() or handle.aio_is_closed():
-            raise closed_while_connecting(texts, uri)
+            wants_tls = uri.startswith("nbds") and not handle.get_tls_negotiated()
+            raise closed_while_connecting(wants_tls, texts, uri)
         if handle.aio_is_negotiating() and not is_asked:
             is_asked = True
             handle.aio_opt_go(has_gone)

@@ -229,8 +229,9 @@ async def test_a_read_that_is_answered_in_part_is_an_error(tmp_path: Path) -> No
     async with scripted(tmp_path) as server:
         server.answer = answer
         client = await NbdClient.open(server.uri)
-        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        with pytest.raises(OSError, match="error") as caught:
             await client.pread(0, 4096)
+        assert caught.value.errno in (errno.EIO, errno.EPROTO)  # libnbd 1.14, 1.22
         await close(client)
 
 

@@ -376,7 +376,9 @@ async def test_a_server_that_takes_no_more_connections_gets_no_more(tmp_path: Pa
     async with scripted(tmp_path) as server:
         client = await NbdClient.open(server.uri, connections=4, accept=accept, tell=told)
         assert client.connections == 2
-        assert told == [f"{server.uri}: no more connections than 2: too many clients"]
+        assert len(told) == 1
+        assert told[0].startswith(f"{server.uri}: no more connections than 2: ")
+        assert told[0].endswith("too many clients")
         first = server.connections[0]
         first.drop()
         await told.has("no more connections than 1")
