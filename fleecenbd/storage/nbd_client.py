@@ -108,7 +108,7 @@ class NbdClient:
         # A bytearray whose memory was not cleared: a fifth of a pull's CPU time. It is taken out of
         # its nbd.Buffer, because libnbd (1.14, 1.22) never lets go of what it is handed in one.
         buffer: bytearray = nbd.Buffer(length)._o
-        await self._read(lambda handle: handle.aio_pread(buffer, offset), length)
+        await self._ask(lambda handle: handle.aio_pread(buffer, offset), length)
         return buffer
 
     async def _pread_pieces(self, offset: int, length: int) -> Buffer:
@@ -118,7 +118,7 @@ class NbdClient:
 
         async def read(at: int, count: int) -> None:
             piece = view[at - start : at - start + count]
-            await self._read(lambda handle: handle.aio_pread(piece, at), count)
+            await self._ask(lambda handle: handle.aio_pread(piece, at), count)
 
         await self._in_pieces(read, start, stop - start, self.facts.payload_max)
         return data if len(data) == length else data[offset - start : offset - start + length]
@@ -129,7 +129,7 @@ class NbdClient:
 
         async def write(at: int, count: int) -> None:
             piece = view[at - offset : at - offset + count]
-            await self._change(lambda handle: handle.aio_pwrite(piece, at), count)
+            await self._write(lambda handle: handle.aio_pwrite(piece, at), count)
 
         await self._in_pieces(write, offset, len(view), self.facts.payload_max)
 
@@ -147,13 +147,13 @@ class NbdClient:
         flags = (0 if may_trim else nbd.CMD_FLAG_NO_HOLE) | (nbd.CMD_FLAG_FAST_ZERO if fast else 0)
 
         async def zero(at: int, count: int) -> None:
-            await self._change(lambda handle: handle.aio_zero(count, at, None, flags), 0)
+            await self._write(lambda handle: handle.aio_zero(count, at, None, flags), 0)
 
         await self._in_pieces(zero, offset, length, NO_PAYLOAD_LENGTH_MAX)
 
     async def _write_zeroes(self, offset: int, length: int) -> None:
         piece = memoryview(ZEROES)[:length]
-        await self._change(lambda handle: handle.aio_pwrite(piece, offset), length)
+        await self._write(lambda handle: handle.aio_pwrite(piece, offset), length)
 
     async def trim(self, offset: int, length: int) -> None:
         """Discard what the range has of whole blocks, where the server can. It may read as
@@ -167,14 +167,14 @@ class NbdClient:
             return
 
         async def trim(at: int, count: int) -> None:
-            await self._change(lambda handle: handle.aio_trim(count, at), 0)
+            await self._ask(lambda handle: handle.aio_trim(count, at), 0)
 
         await self._in_pieces(trim, start, stop - start, NO_PAYLOAD_LENGTH_MAX)
 
     async def flush(self) -> None:
         """Return when the server says that everything whose write has ended is durable."""
         if self.facts.can_flush:
-            await self._change(lambda handle: handle.aio_flush(), 0)
+            await self._write(lambda handle: handle.aio_flush(), 0)
 
     # -- block status --------------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ class NbdClient:
             cookie: int = handle.aio_block_status(length, offset, extent)
             return cookie
 
-        await self._read(send, 0)
+        await self._ask(send, 0)
         if not any(reply[::2]):
             raise OSError(
                 errno.EIO, f"the server's reply says nothing of {context} at {offset}", self.name
@@ -243,7 +243,7 @@ class NbdClient:
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
 
-    async def _read(self, send: Send, length: int) -> None:
+    async def _ask(self, send: Send, length: int) -> None:
         try:
             await self._connections.call(send, length)
         except NbdErrorReply as error:
@@ -251,7 +251,7 @@ class NbdClient:
                 raise
             await self._connections.ask_again(send, length, error)
 
-    async def _change(self, send: Send, length: int) -> None:
+    async def _write(self, send: Send, length: int) -> None:
         try:
             await self._connections.call(send, length, changes=True)
         except NbdErrorReply as error:

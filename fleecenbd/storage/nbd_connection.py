@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 from fleecenbd.storage.libnbd import nbd
 from fleecenbd.storage.nbd_errors import (
     ServerTexts,
-    error_text,
+    lost_text,
     reply_error,
     unsent_error,
 )
@@ -129,7 +129,7 @@ class NbdConnection:
             cookie = request.send(self._handle)
         except nbd.Error as error:
             if not self._look():
-                self._lose([request], error_text(error))
+                self._lose([request], lost_text(error))
             elif not request.future.done():
                 request.future.set_exception(unsent_error(error, self._uri))
             return
@@ -148,7 +148,7 @@ class NbdConnection:
             try:
                 handle.aio_notify_read()
             except nbd.Error as error:
-                self._lose([], error_text(error))
+                self._lose([], lost_text(error))
                 return
             # First: libnbd ends what is in flight on a connection that is closed, with an error.
             if not self._look():
@@ -175,7 +175,7 @@ class NbdConnection:
         try:
             handle.aio_notify_write()
         except nbd.Error as error:
-            self._lose([], error_text(error))
+            self._lose([], lost_text(error))
             return
         if not self._look():
             self._lose([], "the connection broke")

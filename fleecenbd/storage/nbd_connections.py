@@ -213,19 +213,21 @@ class NbdConnections:
 
     async def _reconnect_all(self, why: OSError) -> None:
         """Raises OSError when there is no hope left."""
-        attempts = self._attempts
+        of_this_round = 0
         while len(self._open) < self.wanted:
+            # While others are answered, it is only so often that more are tried for.
+            attempts = of_this_round if self._open else self._attempts
             if attempts >= self._retries:
                 if not self._open:
                     raise self._given_up(why, attempts)
                 self._go_on_with_fewer(why)
                 return
-            delay_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2**attempts)
-            attempts += 1
-            self._attempts = max(attempts, self._attempts)
+            of_this_round += 1
+            self._attempts += 1
+            delay_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2 ** min(attempts, 30))
             self._tell(
                 f"{self._uri}: {why.strerror}; connecting again in {delay_s:g} s "
-                f"(attempt {attempts} of {self._retries})"
+                f"(attempt {attempts + 1} of {self._retries})"
             )
             await asyncio.sleep(delay_s)
             # Those that are lost again meanwhile have to wait for the next time.

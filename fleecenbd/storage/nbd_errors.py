@@ -63,6 +63,11 @@ def error_text(error: nbd.Error) -> str:
     return text.removesuffix(f": {os.strerror(error.errnum)}")
 
 
+def lost_text(error: nbd.Error) -> str:
+    """Why a connection broke: what the system says, or what libnbd found wrong."""
+    return os.strerror(error.errnum) if error.errnum else error_text(error)
+
+
 def reply_error(error: nbd.Error, text: str | None, uri: str) -> OSError:
     """The server's error reply; ``text``: its own, where that is known."""
     number = error.errnum or errno.EIO

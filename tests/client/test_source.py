@@ -38,6 +38,15 @@ def server(tmp_path: Path, disk: Path) -> Iterator[Serving]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Serving, Path]]:
+    """A server and its disk, for tests that leave both as they are."""
+    directory = tmp_path_factory.mktemp("shared")
+    disk = make_disk(directory / "vm.raw", SIZE)
+    with serving(directory, disk, "--begin", "n") as server:
+        yield server, disk
+
+
 @asynccontextmanager
 async def opened(uri: str, **options: object) -> AsyncIterator[NbdSource]:
     source = await open_source(uri, **options)  # type: ignore[arg-type]
@@ -122,7 +131,8 @@ async def test_a_bitmap_is_asked_for_by_name(tmp_path: Path, disk: Path) -> None
             assert any(flags == 1 for _, flags in extents)
 
 
-async def test_several_connections_where_they_are_of_use(server: Serving) -> None:
+async def test_several_connections_where_they_are_of_use(shared: tuple[Serving, Path]) -> None:
+    server, _ = shared
     async with opened(server.uri("vm@n"), connections=3) as source:
         assert source.requests == 48
     async with opened(server.uri("vm@n"), connections=1, requests=5) as source:
@@ -134,7 +144,8 @@ async def test_several_connections_where_they_are_of_use(server: Serving) -> Non
 # -- not ours --------------------------------------------------------------------------------------
 
 
-async def test_a_guests_export_is_read_and_never_trimmed(server: Serving, disk: Path) -> None:
+async def test_a_guests_export_is_read_and_never_trimmed(shared: tuple[Serving, Path]) -> None:
+    server, disk = shared
     async with opened(server.uri("vm")) as source:
         assert source.session_id is None
         assert not source.can_trim
@@ -228,7 +239,8 @@ async def test_a_name_is_resolved_and_all_its_addresses_are_tried(
             assert await read_all(source) == content(disk)
 
 
-async def test_what_is_not_there_is_told(server: Serving, tmp_path: Path) -> None:
+async def test_what_is_not_there_is_told(shared: tuple[Serving, Path], tmp_path: Path) -> None:
+    server, _ = shared
     with pytest.raises(SourceLost, match="there is no export called 'vm@other'"):
         await open_source(server.uri("vm@other"))
     with pytest.raises(FileNotFoundError, match="is the server running"):

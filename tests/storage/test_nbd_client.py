@@ -300,9 +300,14 @@ async def test_what_cannot_be_asked_again_fails_as_it_did(tmp_path: Path) -> Non
         await close(client)
 
 
+once = pytest.mark.asyncio(loop_factories=["uvloop"])
+"""What is the same on every loop."""
+
+
 # -- connecting ------------------------------------------------------------------------------------
 
 
+@once
 async def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is the server running"):
         await NbdClient.open(f"nbd+unix:///x?socket={tmp_path}/none")
@@ -314,6 +319,7 @@ async def test_nobody_listens(tmp_path: Path) -> None:
         assert caught.value.filename == uri
 
 
+@once
 @pytest.mark.parametrize(
     ("uri", "text"),
     [
@@ -329,6 +335,7 @@ async def test_a_uri_that_leads_nowhere_is_named(uri: str, text: str) -> None:
     assert caught.value.filename == uri
 
 
+@once
 @pytest.mark.parametrize(
     ("refusal", "structured", "text"),
     [
