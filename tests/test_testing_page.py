@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.planted_backup import BACKUP_BUGS, BackupBug
 from tests.client.planted_pull import PULL_BUGS, PullBug
 from tests.orders.planted import BUGS
 from tests.orders.scenarios import SCENARIOS
@@ -12,14 +13,15 @@ from tests.simulation.chain_planted import CHAIN_PLANTED
 from tests.simulation.planted import PLANTED, PlantedBug
 
 PAGE = Path(__file__).parents[1] / "docs" / "testing.md"
-TABLES: dict[str, tuple[PlantedBug | PullBug, ...]] = {
+TABLES: dict[str, tuple[PlantedBug | PullBug | BackupBug, ...]] = {
     "after seeds": PLANTED,
     "after chains": CHAIN_PLANTED,
     "after pulls": PULL_BUGS,
+    "after backups": BACKUP_BUGS,
     "scenario": BUGS,
 }
 """The planted bugs by the column after the checker's."""
-CHECKERS = {"T0", "S", "B", "X", "L", "G", "A", "C", "R", "E", "own"}
+CHECKERS = {"T0", "S", "B", "X", "L", "G", "A", "C", "R", "E", "M", "N", "F", "own"}
 
 
 def _rows(column: str) -> list[list[str]]:
@@ -37,7 +39,8 @@ def test_the_bugs_of_a_table_are_those_of_the_code_in_their_order(column: str) -
     told = [(name, module) for name, module, *_ in _rows(column)]
     assert told == [(bug.name, bug.module) for bug in bugs], (
         "hunt them anew and put the table on the page: python -m tests.simulation.mutations, "
-        "python -m tests.orders --planted, python -m tests.client.hunt_pull --planted"
+        "python -m tests.orders --planted, python -m tests.client.hunt_pull --planted, "
+        "python -m tests.cli.sim_backup --planted"
     )
 
 

@@ -93,10 +93,14 @@ class ControlClient:
 
 def call_server(given: str | None, work: Callable[[ControlClient], Awaitable[Result]]) -> Result:
     """Do the work with a client of the server at ``given``, or at the default place."""
-    return asyncio.run(_with_client(control_path(given), work))
+    return asyncio.run(with_client(given, work))
 
 
-async def _with_client(path: str, work: Callable[[ControlClient], Awaitable[Result]]) -> Result:
+async def with_client(
+    given: str | None, work: Callable[[ControlClient], Awaitable[Result]]
+) -> Result:
+    """The same, on the loop that runs."""
+    path = control_path(given)
     connector = aiohttp.UnixConnector(path=path)
     async with aiohttp.ClientSession(connector=connector) as session:
         return await work(ControlClient(path, session))

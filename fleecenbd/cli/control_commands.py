@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fleecenbd.cli import logs, values
+from fleecenbd.cli.backup_commands import add_backup
 from fleecenbd.cli.begin_options import (
     CbwTimeout,
     ClusterSize,
@@ -58,6 +59,7 @@ def add_commands(app: typer.Typer) -> None:
     app.add_typer(disk_app, name="disk")
     app.command("status", cls=StrictCommand)(status)
     add_pull(app)
+    add_backup(app)
     # Only here: their module takes its options from this one.
     from fleecenbd.cli.job_commands import job_app
 

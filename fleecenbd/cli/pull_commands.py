@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -233,15 +234,7 @@ def pull(
         raise UsageError(f"--compress is for qcow2: targets, and {target} is none")
     if bitmap is not None:
         values.check_name(bitmap, "a bitmap")
-    folder = None
-    if journal is None and is_no_file(target):
-        folder = default_state_directory(os.environ, os.geteuid()) / "pulls"
-        try:
-            make_private_directory(folder)
-        except OSError as error:
-            raise UsageError(
-                f"the journal has no place: {folder}: {error.strerror}; give one with --journal"
-            ) from None
+    folder = journal_folder() if journal is None and is_no_file(target) else None
     options = PullOptions(
         source=uri,
         target=target,
@@ -272,6 +265,18 @@ def is_no_file(target: str) -> bool:
     from fleecenbd.client.options import PullOptions, find_places
 
     return find_places(PullOptions("", target, journal="-")).file is None
+
+
+def journal_folder() -> Path:
+    """Where the journals of targets are that are no files. Raises UsageError."""
+    folder = default_state_directory(os.environ, os.geteuid()) / "pulls"
+    try:
+        make_private_directory(folder)
+    except OSError as error:
+        raise UsageError(
+            f"the journal has no place: {folder}: {error.strerror}; give one with --journal"
+        ) from None
+    return folder
 
 
 def speed_and_safety(
@@ -305,16 +310,29 @@ def speed_and_safety(
 
 def view_of(progress: str, progress_fd: str | None) -> Any:
     """The PullView that is asked for. Raises UsageError."""
-    from fleecenbd.cli.pull_view import MODES, PullView, check_descriptor
+    from fleecenbd.cli.pull_view import PullView
 
-    if progress not in MODES:
-        raise UsageError(f"--progress is one of {', '.join(MODES)}, not {progress!r}")
-    descriptor = None
-    if progress_fd is not None:
-        if not re.fullmatch("[0-9]{1,9}", progress_fd):
-            raise UsageError(f"--progress-fd: {progress_fd!r} is no file descriptor")
-        descriptor = check_descriptor(int(progress_fd))
-    return PullView(progress, descriptor)
+    return PullView(progress_mode(progress), descriptor_of(progress_fd))
+
+
+def progress_mode(text: str) -> str:
+    """Raises UsageError."""
+    from fleecenbd.cli.pull_view import MODES
+
+    if text not in MODES:
+        raise UsageError(f"--progress is one of {', '.join(MODES)}, not {text!r}")
+    return text
+
+
+def descriptor_of(text: str | None) -> int | None:
+    """A descriptor that can be written to. Raises UsageError."""
+    from fleecenbd.cli.pull_view import check_descriptor
+
+    if text is None:
+        return None
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise UsageError(f"--progress-fd: {text!r} is no file descriptor")
+    return check_descriptor(int(text))
 
 
 def _count(text: str | None, option: str, *, least: int = 1) -> int | None:

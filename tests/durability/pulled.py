@@ -23,6 +23,7 @@ for name, opens in (("source", "open_source"), ("targets", "open_target")):
     if importlib.util.find_spec(whole) is None:
         module = ModuleType(whole)
         setattr(module, opens, getattr(standins, opens))
+        module.Backing = standins.Backing  # type: ignore[attr-defined]
         sys.modules[whole] = module
 
 if __name__ == "__main__":

@@ -1,0 +1,266 @@
+"""Backups under names of the user's own: a file, a device or an NBD server for each disk.
+
+    TARGET.backing-up         until it is whole (and, of the pull, .part and .journal)
+    TARGET.backing-up.lock    whose it is: locked, and the session's id in it
+    TARGET.backup.json        the record; with it the backup counts
+    TARGET
+
+The record is written first and the name given then; a run that was killed between the two is
+recognised by a record whose file is still called .backing-up.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fleecenbd.cli.backup_places import (
+    Destination,
+    Lock,
+    belongings,
+    only,
+    pending_in,
+    roll_all,
+)
+from fleecenbd.client import in_place, records
+from fleecenbd.client.in_place import Step
+from fleecenbd.client.journal_file import sync_folder
+from fleecenbd.client.records import QCOW2, RAW, Found, Record
+from fleecenbd.engine.bitmap import Bitmap
+
+_URI = re.compile(r"nbds?(\+unix|\+vsock)?://")
+_PREFIX = re.compile(r"(raw|qcow2):")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A disk, and where it goes as it was typed."""
+
+    disk: str
+    text: str
+
+    @property
+    def is_qcow2(self) -> bool:
+        return self.text.startswith("qcow2:")
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None: a block device, or an NBD URI."""
+        if _URI.match(self.text):
+            return None
+        path = Path(_PREFIX.sub("", self.text, count=1))
+        try:
+            return path if stat.S_ISREG(path.stat().st_mode) else None
+        except OSError:
+            return path
+
+
+class Pairs:
+    """backup_places.Places."""
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        onto: Path | None = None,
+        is_in_place: bool = False,
+        force: bool = False,
+    ) -> None:
+        """``onto``: the backup that an increment of the one disk builds on."""
+        self._pairs = {pair.disk: pair for pair in pairs}
+        self._files = {pair.disk: path for pair in pairs if (path := pair.path) is not None}
+        self._onto = onto
+        self._is_in_place = is_in_place
+        self._force = force
+        self._locks: dict[str, Lock] = {}
+
+    @property
+    def disks(self) -> list[str] | None:
+        return list(self._pairs)
+
+    def _staged(self, disk: str) -> Path:
+        return in_place.staged_path(self._files[disk])
+
+    # -- coming and going ------------------------------------------------------------------
+
+    def enter(self, step: Step) -> None:
+        for disk, path in self._files.items():
+            if not path.parent.is_dir():
+                raise FileNotFoundError(
+                    errno.ENOENT, "its folder does not exist; make it", str(path)
+                )
+            staged = self._staged(disk)
+            self._locks[disk] = Lock(staged.with_name(f"{staged.name}.lock"), f"to {path}")
+        for disk, path in self._files.items():
+            if in_place.is_pending(path):
+                in_place.roll_forward(path, step)  # ``made_from`` finds its record then
+            elif self._is_written_down(disk):
+                self._give_name(disk)
+        folders = {path.parent for path in self._files.values()}
+        if self._onto is not None:
+            folders.add(self._onto.parent)
+        for folder in folders:
+            roll_all((p for p in pending_in(folder) if p not in self._files.values()), step)
+
+    def _is_written_down(self, disk: str) -> bool:
+        """Was it killed between the record and the name?"""
+        found = records.of_file(self._files[disk])
+        staged = self._staged(disk)
+        return (
+            found is not None
+            and found.record.id == self._locks[disk].content
+            and records.why_changed(staged, found.disk) is None
+        )
+
+    def leave(self) -> None:
+        for disk, lock in self._locks.items():
+            # With something that --resume can go on with, the lock's file says whose it is.
+            lock.close(remove=not belongings(self._staged(disk)))
+        self._locks.clear()
+
+    def check(self) -> None:
+        folders = {path.parent for path in self._files.values()}
+        for disk, path in self._files.items():
+            if not os.path.lexists(path):
+                continue
+            found = records.of_file(path)
+            is_ours = found is not None and found.disk.disk == disk
+            if not self._force and not (self._is_in_place and is_ours):
+                raise FileExistsError(
+                    errno.EEXIST,
+                    "it is there already, and is no backup of this disk; name another file, or "
+                    "write over it with --force"
+                    if self._is_in_place
+                    else "it is there already; name another file, or write over it with --force",
+                    str(path),
+                )
+            above = records.dependents(path, folders)
+            if above:
+                raise OSError(
+                    errno.EBUSY,
+                    f"{above[0]} builds on it, and would be worth nothing; name another file",
+                    str(path),
+                )
+
+    # -- what there is ---------------------------------------------------------------------
+
+    def previous(self, disk: str, size: int, bitmap_id: str, since: str) -> Found | str:
+        if self._is_in_place or self._onto is not None:
+            path = self._files[disk] if self._onto is None else self._onto
+            found = records.of_file(path)
+            if found is None:
+                if not path.exists():
+                    return f"there is no {path}"
+                return f"{path} has no record ({records.record_path(path).name}) of what it is"
+            return records.why_not_onto(found, disk, size, bitmap_id, since) or self._usable(found)
+        folder = self._files[disk].parent
+        why = f"no backup of session {since} is in {folder}"
+        fitting = [
+            found
+            for found in records.in_folder(folder)
+            if found.disk.disk == disk and records.fits(found, bitmap_id, since)
+        ]
+        # The one that the bits are counted from rather than a later one.
+        for found in sorted(fitting, key=lambda found: found.record.id != since):
+            problem = records.why_not_onto(found, disk, size, bitmap_id, since)
+            usable = problem or self._usable(found)
+            if isinstance(usable, Found):
+                return usable
+            why = usable
+        return why
+
+    def _usable(self, found: Found) -> Found | str:
+        if self._is_in_place:
+            return found if found.disk.format == RAW else f"{found.path} is no raw file"
+        real = found.path.resolve()
+        if any(path.resolve() == real for path in self._files.values()):
+            return f"{found.path} would be written over by what is to build on it"
+        return found
+
+    def made_from(self, session_id: str, disks: Sequence[str]) -> list[Path] | None:
+        if not set(disks) <= set(self._files):
+            return None
+        for disk in disks:
+            found = records.of_file(self._files[disk])
+            if found is None or found.record.id != session_id:
+                return None
+            if records.why_changed(found.path, found.disk) is not None:
+                return None
+        return [self._files[disk] for disk in disks]
+
+    # -- making ----------------------------------------------------------------------------
+
+    def prepare(self, session_id: str) -> None:
+        for lock in self._locks.values():
+            lock.set_content(session_id)
+
+    def is_prepared(self, session_id: str) -> bool:
+        return all(lock.content == session_id for lock in self._locks.values())
+
+    def destination(self, disk: str, previous: Found | None) -> Destination:
+        pair, final = self._pairs[disk], self._files.get(disk)
+        form = QCOW2 if pair.is_qcow2 else RAW
+        if final is None:
+            return Destination(disk, pair.text, None, None, form, shown=pair.text)
+        staged = self._staged(disk)
+        is_in_place = self._is_in_place and previous is not None
+        return Destination(
+            disk, f"{form}:{staged}", staged, final, form, previous, is_in_place, str(final)
+        )
+
+    def commit(
+        self,
+        record: Record,
+        destinations: Sequence[Destination],
+        changed: Mapping[str, Bitmap],
+    ) -> list[Path]:
+        files = [one for one in destinations if one.final is not None]
+        for one in files:
+            assert one.final is not None, "chosen so"
+            own = only(record, one.disk)
+            if one.in_place:
+                assert one.previous is not None, "it goes into that"
+                before = one.previous.disk
+                stale = (
+                    []
+                    if before.checksum is None
+                    else [f"{one.final.name}.{before.checksum.algorithm}"]
+                )
+                in_place.set_mark(one.final, own, before, changed[one.disk], stale)
+                continue
+            old = records.of_file(one.final)
+            records.write(records.record_path(one.final), own)
+            if old is not None and old.disk.checksum is not None:
+                checksum = f"{one.final.name}.{old.disk.checksum.algorithm}"
+                one.final.with_name(checksum).unlink(missing_ok=True)
+        for one in files:
+            if not one.in_place:
+                self._give_name(one.disk)
+        return [one.final for one in files if one.final is not None]
+
+    def _give_name(self, disk: str) -> None:
+        staged, final = self._staged(disk), self._files[disk]
+        for path in belongings(staged):
+            # Its checksum, too.
+            os.rename(path, final.with_name(final.name + path.name.removeprefix(staged.name)))
+        sync_folder(str(final))
+
+    def settle(self, destinations: Sequence[Destination], step: Step) -> None:
+        for one in destinations:
+            if one.in_place and one.final is not None:
+                in_place.roll_forward(one.final, step)
+
+    def clean(self) -> None:
+        for disk, path in self._files.items():
+            if in_place.is_pending(path):
+                continue
+            for left in belongings(self._staged(disk)):
+                left.unlink(missing_ok=True)
+            for unwritten in (in_place.mark_path(path), records.record_path(path)):
+                unwritten.with_name(f"{unwritten.name}.new").unlink(missing_ok=True)
+            self._locks[disk].set_content("")
