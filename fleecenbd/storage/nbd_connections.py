@@ -6,7 +6,9 @@
 
 Order rules
     * A request that got no reply is sent again, on whichever connection has room: nothing that can
-      be asked here does harm when it is done twice. An error reply is a reply.
+      be asked here does harm when it is done twice. An error reply is a reply. (A server that has
+      lost the connection and nothing else may still be at it: a write could land after a later one
+      to the same place. QEMU's client takes that risk too; a pull writes each place once.)
     * A connection that is made anew must lead to what the first one led to: the same size and meta
       contexts, and whatever else the owner's ``accept`` looks at. Else nothing is asked there, and
       nothing more anywhere.

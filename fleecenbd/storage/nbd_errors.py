@@ -58,9 +58,9 @@ class ServerTexts:
 
 
 def error_text(error: nbd.Error) -> str:
-    """libnbd's own text, without the name of its function and the errno's own words."""
+    """libnbd's own text, without the name of its function."""
     text: str = _PREFIX.sub("", error.string)
-    return text.removesuffix(f": {os.strerror(error.errnum)}")
+    return text.removesuffix(": Invalid argument")  # it says what is invalid
 
 
 def lost_text(error: nbd.Error) -> str:
@@ -83,13 +83,15 @@ def connect_error(error: nbd.Error, texts: ServerTexts, uri: str) -> OSError:
     """Why a connection was not made, or a new one not taken up to its end."""
     number, text = error.errnum, error_text(error)
     server_text = texts.take()
-    if number in NO_SERVER:
+    if number in NO_SERVER and text.startswith("connect"):
         what = "there is no such socket" if number == errno.ENOENT else "nobody listens there"
         return OSError(number, f"{what}: is the server running, and is the address right?", uri)
     if number == 0 and "magic" in text:
         return NbdRefused(
             errno.EPROTO, f"what answers there speaks no NBD, or not as it should ({text})", uri
         )
+    if text.startswith("gnutls_handshake"):
+        text = f"no TLS comes about; has the server this user's key, or certificate? ({text})"
     if server_text is not None:
         return NbdRefused(number or errno.EPROTO, server_text, uri)
     return OSError(number or errno.ECONNRESET, text, uri)

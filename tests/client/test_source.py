@@ -219,6 +219,11 @@ async def test_a_server_that_wants_tls_is_read_with_its_key(tmp_path: Path, disk
     with nbdkit(tmp_path, *tls, "file", disk) as path:
         with pytest.raises(SourceLost, match="wants TLS: connect by nbds://"):
             await open_source(f"nbd+unix:///?socket={path}")
+        with pytest.raises(FileNotFoundError, match=f"{keys}.no"):
+            await open_source(f"nbds+unix://backup@/?socket={path}&tls-psk-file={keys}.no")
+        wrong = make_keys(tmp_path / "wrong.psk")
+        with pytest.raises(OSError, match="has the server this user's key"):
+            await open_source(f"nbds+unix://backup@/?socket={path}&tls-psk-file={wrong}")
         uri = f"nbds+unix://backup@/?socket={path}&tls-psk-file={keys}"
         async with opened(uri) as source:
             assert await read_all(source) == content(disk)
