@@ -111,7 +111,7 @@ def closed_while_connecting(wants_tls: bool, texts: ServerTexts, uri: str) -> OS
 
 def refusal_text(error: nbd.Error) -> str | None:
     """What libnbd says of a refused NBD_OPT_GO; from 1.16 on the server's text is in it."""
-    text = error_text(error)
+    text = error_text(error).removesuffix(f": {os.strerror(error.errnum)}")
     return None if text.startswith("server replied with error") else text
 
 
