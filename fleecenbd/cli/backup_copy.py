@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from fleecenbd.cli.backup_view import BackupView
 from fleecenbd.cli.backup_work import Work
 from fleecenbd.client.changed import changed_bits
 from fleecenbd.client.events import Done, Event, Start
-from fleecenbd.client.options import JOURNAL_SUFFIX, PullOptions
+from fleecenbd.client.options import JOURNAL_SUFFIX, Backing, PullOptions
 from fleecenbd.client.pull import pull
 from fleecenbd.client.source import open_source
 from fleecenbd.engine.bitmap import Bitmap
@@ -87,10 +86,8 @@ def _has_begun(staged: Path | None) -> bool:
     return staged is not None and os.path.exists(f"{staged}{JOURNAL_SUFFIX}")
 
 
-def _backing(work: Work) -> Any:
+def _backing(work: Work) -> Backing | None:
     backing, previous = work.destination.backing, work.destination.previous
     if backing is None or previous is None:
         return None
-    targets: Any = importlib.import_module("fleecenbd.client.targets")
-    make: Callable[[str, str], Any] = targets.Backing
-    return make(backing, previous.disk.format)
+    return Backing(backing, previous.disk.format)

@@ -73,7 +73,41 @@ class BlockIO:
 
     async def write_parts(self, parts: Parts) -> None:
         """Write them all; zeroes only where the target does not have them already."""
+        if self._target.write_unit > 1:
+            parts = await self._in_units(parts)
         await together(call for offset, piece in parts for call in self._write_calls(offset, piece))
+
+    async def _in_units(self, parts: Parts) -> Parts:
+        """The same in whole units, each in one piece; between the parts the target stays as it is.
+
+        An item begins and ends at a multiple of every unit, so nobody else writes these.
+        """
+        unit = self._target.write_unit
+        runs: list[tuple[int, int, Parts]] = []
+        """Start and end of what hangs together, in bytes, and what is in it."""
+        for offset, piece in parts:
+            start, end = offset // unit * unit, -(-(offset + _length(piece)) // unit) * unit
+            members: Parts = []
+            if runs and start <= runs[-1][1]:
+                start, before, members = runs.pop()
+                end = max(before, end)
+            runs.append((start, end, [*members, (offset, piece)]))
+        found: Parts = []
+        for start, end, members in runs:
+            if len(members) == 1 and isinstance(members[0][1], int) and members[0][0] == start:
+                stop = start + members[0][1]
+                if stop == end or stop == self._source.size:
+                    found.append((start, end - start))  # it may be long
+                    continue
+            if self._target.is_zero:
+                data = bytearray(end - start)
+            else:
+                data = bytearray(await self._target.pread(start, end - start))
+            for offset, piece in members:
+                new = bytes(piece) if isinstance(piece, int) else piece
+                data[offset - start : offset - start + len(new)] = new
+            found.append((start, data))
+        return found
 
     def _write_calls(self, offset: int, piece: Piece) -> Iterable[Coroutine[Any, Any, None]]:
         if isinstance(piece, int):
@@ -82,7 +116,7 @@ class BlockIO:
             return
         view = memoryview(piece)
         zero_min = ZERO_RUN if self._target.is_zero else ZERO_CALL_MIN
-        for start, length, is_data in data_runs(piece, zero_min):
+        for start, length, is_data in data_runs(piece, zero_min, self._target.write_unit):
             if is_data:
                 yield self._write(offset + start, view[start : start + length])
             elif not self._target.is_zero:
@@ -97,14 +131,22 @@ class BlockIO:
             await self._target.zero(offset, length)
 
 
-def data_runs(data: Buffer, zero_min: int) -> list[tuple[int, int, bool]]:
-    """(start, length, is data) of the data, and of the zeroes in it that are ``zero_min`` long."""
+def _length(piece: Piece) -> int:
+    return piece if isinstance(piece, int) else len(piece)
+
+
+def data_runs(data: Buffer, zero_min: int, unit: int = 1) -> list[tuple[int, int, bool]]:
+    """(start, length, is data) of the data, and of the zeroes in it that are ``zero_min`` long.
+
+    They begin at multiples of ``unit``, as ``data`` does.
+    """
     zeroes = memoryview(ZEROES)[:ZERO_RUN]
     if data.find(zeroes) < 0:
         return [(0, len(data), True)]
     runs: list[tuple[int, int, bool]] = []
-    for start in range(0, len(data), ZERO_RUN):
-        length = min(ZERO_RUN, len(data) - start)
+    step = max(ZERO_RUN, unit)
+    for start in range(0, len(data), step):
+        length = min(step, len(data) - start)
         is_data = not is_zero(data, start, length)
         if runs and runs[-1][2] == is_data:
             runs[-1] = (runs[-1][0], runs[-1][1] + length, is_data)

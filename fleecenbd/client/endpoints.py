@@ -83,6 +83,11 @@ class Target(Protocol):
     def requests(self) -> int:
         """How many writes should be in flight at most."""
 
+    @property
+    def write_unit(self) -> int:
+        """Bytes, a power of two, at most 64 KiB: writes begin and end at multiples of it, or at
+        the disk's end, and none of a unit's bytes is written twice. 1: there is no such rule."""
+
     async def pwrite(self, offset: int, data: Data) -> None:
         """Write all of ``data``."""
 

@@ -8,7 +8,6 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fleecenbd.client.journal_file import default_path
 
@@ -19,6 +18,14 @@ ONCE = "+once"
 """What an export's name ends in whose every READ releases what it has handed over."""
 
 _URI = re.compile(r"nbds?(\+unix|\+vsock)?://")
+
+
+@dataclass(frozen=True)
+class Backing:
+    """What a qcow2 overlay builds on: stored in it as given here."""
+
+    path: str
+    format: str
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,8 @@ class PullOptions:
     read_once: bool = False
     bitmap: str | None = None
     compress: bool = False
-    backing: Any = None
-    """A ``targets.Backing``: the qcow2 overlay's backing file."""
+    backing: Backing | None = None
+    """Of a qcow2 overlay."""
     connections: int | None = None
     requests: int | None = None
     retries: int = RETRIES

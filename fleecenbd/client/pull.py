@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import importlib
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Protocol, TypeAlias
 
 from fleecenbd.client import checksums, leftovers
 from fleecenbd.client.block_io import READ_LENGTH_MAX
@@ -25,7 +24,7 @@ from fleecenbd.client.endpoints import Source, Target
 from fleecenbd.client.events import Checksum, Done, Event, Failed, Note, OnEvent, Start
 from fleecenbd.client.journal import COMPLETE, COMPLETING, Header, Journal
 from fleecenbd.client.journal_file import DurableFile
-from fleecenbd.client.options import PullOptions, find_places, source_uri
+from fleecenbd.client.options import Backing, PullOptions, find_places, source_uri
 from fleecenbd.client.plan import ACCESS, DIRTY, Plan
 from fleecenbd.client.telling import Telling, full_text, text_of
 from fleecenbd.client.verify import verify, wanted_blocks
@@ -56,7 +55,17 @@ class OpenTarget(Protocol):
     """As ``targets.open_target``."""
 
     async def __call__(
-        self, text: str, size: int, *, force: bool, resume: bool, **options: Any
+        self,
+        text: str,
+        size: int,
+        *,
+        force: bool,
+        resume: bool,
+        compress: bool,
+        backing: Backing | None,
+        connections: int | None,
+        retries: int,
+        tell: Callable[[str], None],
     ) -> Target:
         """Raises OSError."""
 
@@ -145,14 +154,16 @@ class _Pull:
         if self._open_source is not None:
             return self._open_source
         # Only here: who has sources of their own needs no libnbd.
-        module: Any = importlib.import_module("fleecenbd.client.source")
-        return cast(OpenSource, module.open_source)
+        from fleecenbd.client.source import open_source
+
+        return open_source
 
     def _find_open_target(self) -> OpenTarget:
         if self._open_target is not None:
             return self._open_target
-        module: Any = importlib.import_module("fleecenbd.client.targets")
-        return cast(OpenTarget, module.open_target)
+        from fleecenbd.client.targets import open_target
+
+        return open_target
 
     async def _with_journal(self, source: Source, file: DurableFile) -> Done:
         """Decide what the journal is worth, and what of it stays."""

@@ -86,6 +86,7 @@ class FakeTarget:
     """endpoints.Target: PATH.part, and PATH when it is complete."""
 
     requests = 4
+    write_unit = 1
 
     def __init__(self, path: Path, size: int, *, resume: bool, is_zero: bool = True) -> None:
         self.name = str(path)

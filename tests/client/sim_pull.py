@@ -300,6 +300,7 @@ class SimSource:
 
     name = "sim:"
     requests = 4
+    write_unit = 1
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -362,6 +363,7 @@ class SimTarget:
 
     name = "target"
     requests = 4
+    write_unit = 1
 
     def __init__(self, world: World) -> None:
         self._world = world

@@ -41,6 +41,7 @@ class Noting:
 
     name = "t"
     requests = 4
+    write_unit = 1
 
     def __init__(self, *, is_zero: bool) -> None:
         self.is_zero = is_zero
