@@ -284,17 +284,21 @@ class NbdConnections:
         async with self._asking:
             if self._failure is not None:
                 raise self._failure_anew()
-            try:
-                if self._asker is None:
+            if self._asker is None:
+                try:
                     asker = await self._connect(keeps_texts=True)
-                    try:
-                        self._check(asker.facts)
-                    except OSError:
-                        asker.abandon()
-                        raise
-                    self._asker = asker
-            except OSError:
-                raise error from None  # what this says is of the connection, not of the request
+                except OSError:
+                    # What this says is of the connection, and not of the request.
+                    raise error from None
+                try:
+                    self._check(asker.facts)
+                except OSError:
+                    asker.abandon()
+                    raise error from None
+                if self._failure is not None:  # closed meanwhile
+                    asker.abandon()
+                    raise self._failure_anew()
+                self._asker = asker
             self._asked = error
             request = NbdRequest(send, length, False, self._loop.create_future())
             self._asker.issue(request)

@@ -51,6 +51,8 @@ class Connection:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
+        self.is_entered = False
+        """The handshake is over."""
 
     def chunk(self, request: Request, kind: int, payload: bytes, *, done: bool = True) -> None:
         """A chunk of a structured reply."""
@@ -96,12 +98,14 @@ class ScriptedServer:
         self.refusal: tuple[int, str] | None = None
         """What NBD_OPT_GO is answered with."""
         self.answer: Callable[[Connection, Request], Awaitable[None]] = self.usual
+        self.is_deaf = False
+        """Nothing is read behind the handshake."""
         self.connections: list[Connection] = []
         """Those that are open."""
         self.accepted = 0
         self.requests: list[Request] = []
         self.changed = asyncio.Event()
-        """Set by each connection that comes or goes, and by each request."""
+        """Set by each connection that comes, enters or goes, and by each request."""
         self.said_goodbye = 0
         self._server: asyncio.AbstractServer | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -122,7 +126,7 @@ class ScriptedServer:
         for connection in self.connections:
             connection.drop()
         while self.connections:
-            await self._change()
+            await self.change()
 
     async def close(self) -> None:
         if self._server is not None:
@@ -134,12 +138,12 @@ class ScriptedServer:
     async def seen(self, count: int) -> None:
         """Wait until so many requests have come, over all connections."""
         while len(self.requests) < count:
-            await self._change()
+            await self.change()
 
     async def taken(self, count: int) -> None:
         """Wait until so many connections have been made."""
         while self.accepted < count:
-            await self._change()
+            await self.change()
 
     async def _change(self) -> None:
         self.changed.clear()
@@ -170,6 +174,8 @@ class ScriptedServer:
         try:
             with suppress(asyncio.IncompleteReadError, ConnectionError):
                 if await self._negotiate(connection):
+                    connection.is_entered = True
+                    self.changed.set()
                     await self._transmit(connection)
         finally:
             self.connections.remove(connection)
@@ -221,6 +227,8 @@ class ScriptedServer:
     async def _transmit(self, connection: Connection) -> None:
         reader = connection.reader
         while True:
+            if self.is_deaf:
+                await asyncio.Event().wait()
             header = await reader.readexactly(28)
             _magic, flags, kind, cookie, offset, length = unpack(">IHHQQI", header)
             if kind == DISC:

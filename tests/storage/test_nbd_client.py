@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fleecenbd.storage import nbd_handshake
+from fleecenbd.storage import nbd_connections, nbd_handshake
 from fleecenbd.storage.nbd_client import NbdClient
 from fleecenbd.storage.nbd_connection import BYTES_MAX, REQUESTS_MAX
 from fleecenbd.storage.nbd_errors import NbdErrorReply, NbdRefused
@@ -300,6 +300,35 @@ async def test_what_cannot_be_asked_again_fails_as_it_did(tmp_path: Path) -> Non
         await close(client)
 
 
+@pytest.mark.parametrize("ending", ["cancelled", "closed", "closed early"])
+async def test_asking_once_more_ends_with_the_call(tmp_path: Path, ending: str) -> None:
+    async def answer(connection: Connection, request: Request) -> None:
+        if len(server.requests) == 1:
+            connection.error(request, errno.EIO)
+        elif request.offset == 512:
+            connection.error(request, errno.EIO, "words")
+
+    async with scripted(tmp_path) as server:
+        server.answer = answer
+        client = await NbdClient.open(server.uri, explains=True)
+        read = asyncio.create_task(client.pread(0, 512))
+        if ending == "closed early":
+            await server.taken(2)  # it is not asked on that connection yet
+            await close(client)
+        else:
+            await server.seen(2)
+        if ending == "cancelled":
+            read.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await read
+            with pytest.raises(NbdErrorReply, match="words"):
+                await client.pread(512, 512)
+            assert server.accepted == 3  # a late answer cannot be taken for this one's
+        await close(client)
+        await asyncio.wait({read})
+        assert ending == "cancelled" or isinstance(read.exception(), OSError)
+
+
 once = pytest.mark.asyncio(loop_factories=["uvloop"])
 """What is the same on every loop."""
 
@@ -563,3 +592,20 @@ async def test_what_was_read_is_nobodys_but_the_callers(tmp_path: Path) -> None:
             tracemalloc.stop()
         assert left < 2 * MIB
         await close(client)
+
+
+async def test_closing_does_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def answer(connection: Connection, request: Request) -> None:
+        """Never."""
+
+    monkeypatch.setattr(nbd_connections, "CLOSE_TIMEOUT_S", 0.01)
+    async with scripted(tmp_path) as server:
+        server.answer = answer
+        client = await NbdClient.open(server.uri)
+        write = asyncio.create_task(client.pwrite(0, b"abc"))
+        await server.seen(1)
+        await close(client)
+        with pytest.raises(OSError, match="closed"):
+            await write
