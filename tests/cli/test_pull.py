@@ -252,3 +252,33 @@ def test_a_bitmap_s_changes_are_pulled_alone(served: Served, target: Path, tmp_p
     start = 5 * MIB
     assert found[start + 4096 : start + 8192] == b"changed!" * 512
     assert not any(found[: 4 * MIB])
+
+
+def test_a_session_that_was_finished_is_told_as_the_server_tells_it(
+    served: Served, target: Path
+) -> None:
+    uri = served.begin()
+    served.control.request("DELETE", f"/v1/sessions/{served.name}")
+    served.control.getresponse().read()
+    told = pull(uri, target, status=1)
+    assert f"session {served.name} is finished (success)" in told
+    assert os.listdir(target.parent) == []
+
+
+def test_a_session_that_breaks_ends_it_with_the_server_s_reason(
+    served: Served, target: Path
+) -> None:
+    pulling = Pulling(served.begin(temp_limit=65536), target, "--rate", "1M", "--commands")
+    pulling.until("start")
+    pulling.tell(command="pause")
+    pulling.until("progress", paused=True)
+    with connected(served.server.uri("vda")) as guest:
+        for offset in range(SIZE - 12288 - 4096, 0, -4096):
+            guest.pwrite(b"x" * 4096, offset)
+            if served.show()["broken"]:
+                break
+    assert served.show()["broken"]
+    pulling.tell(command="resume")
+    failed = pulling.until("failed")
+    assert "temp" in failed["error"]
+    assert pulling.end()[0] == 1
