@@ -29,6 +29,7 @@ import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from fleecenbd.server.hooks import to_its_end
 from fleecenbd.storage.pool import ThreadPool
@@ -214,7 +215,7 @@ class JobProcess:
 
 
 def _popen(command: Sequence[str], stdin: int, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         stdin=stdin,
         stdout=stdout,
@@ -223,6 +224,16 @@ def _popen(command: Sequence[str], stdin: int, stdout: int, stderr: int) -> subp
         cwd="/",
         start_new_session=True,
     )
+    with suppress(OSError):  # it has ended already, or there is no procfs
+        expose(Path("/proc/self/oom_score_adj"), Path(f"/proc/{process.pid}/oom_score_adj"))
+    return process
+
+
+def expose(ours: Path, childs: Path) -> None:
+    """Where memory is short, let the kernel kill the child rather than a server that guests need:
+    it inherits the unit's OOMScoreAdjust=. Raises OSError."""
+    if int(ours.read_text()) < 0:
+        childs.write_text("0")
 
 
 class _Lines:

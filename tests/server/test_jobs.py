@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -96,6 +97,18 @@ async def test_a_child_has_pipes_and_nothing_else_of_the_server(
         assert (await play.job(job["id"]))["pid"] == child.pid
         await child.completes()
         assert (await play.ended(job["id"]))["pid"] is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "childs"), [("-900", "0"), ("0", "as it was"), ("7", "as it was")]
+)
+def test_a_child_is_killed_before_a_server_that_is_to_be_spared(
+    tmp_path: Path, ours: str, childs: str
+) -> None:
+    (tmp_path / "ours").write_text(f"{ours}\n")
+    (tmp_path / "childs").write_text("as it was")
+    job_process.expose(tmp_path / "ours", tmp_path / "childs")
+    assert (tmp_path / "childs").read_text() == childs
 
 
 def test_what_systemd_says_to_one_process_is_not_said_to_its_child() -> None:
