@@ -209,9 +209,9 @@ class Jobs:
         self.results[state] += 1
         self._durable_bytes += _made_durable(view)
         kept = "" if view.kept is None else f"; {view.kept} is kept"
-        why = "" if error is None else f": {error}{kept}"
+        why = "" if error in (None, state) else f": {error}"
         level = logging.WARNING if state == FAILED else logging.INFO
-        logger.log(level, "%s: %s%s", job.name, state, why)
+        logger.log(level, "%s: %s%s%s", job.name, state, why, kept)
         self._tell(events.JOB_ENDED, job, state=state, error=error)
 
     def _tell(self, kind: str, job: Job, **about: object) -> None:
