@@ -147,6 +147,7 @@ class Backup:
                 f"session {shown['name']} was left by a run that was killed; it counts as failed"
             )
             await self._session.finish(session_id, FAILED)
+            self._places.clean_after(session_id)
         self._session.renew()
         return None
 

@@ -270,8 +270,6 @@ def backup(
         checksum=checksum,
     )
     options |= {"trim": not no_trim, "read_once": read_once, "watch_temp": progress != "none"}
-    copy_disk = PullDisk(
-        PullAsk(options, compress=compress, force=force, journal_folder=wishes.journal_folder),
-        BackupView(progress_mode(progress), descriptor_of(progress_fd)),
-    )
-    backup_run.run(control, ask, places, copy_disk, as_json=as_json)
+    pulls = PullAsk(options, compress=compress, force=force, journal_folder=wishes.journal_folder)
+    view = BackupView(progress_mode(progress), descriptor_of(progress_fd))
+    backup_run.run(control, ask, places, PullDisk(pulls, view), view, as_json=as_json)

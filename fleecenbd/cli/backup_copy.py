@@ -37,10 +37,10 @@ class PullDisk:
 
     def __init__(self, ask: PullAsk, view: BackupView) -> None:
         self._ask = ask
-        self.view = view
+        self._view = view
 
     def begins(self, works: Sequence[Work]) -> None:
-        self.view.begins(works)
+        self._view.begins(works)
 
     async def __call__(self, work: Work) -> Done:
         destination = work.destination
@@ -56,7 +56,7 @@ class PullDisk:
             keep=destination.staged is not None,
             **self._ask.options,
         )
-        with self.view.of(work) as show:
+        with self._view.of(work) as show:
 
             def told(event: Event) -> None:
                 if isinstance(event, Start):

@@ -140,3 +140,6 @@ class Nights:
 
     def clean(self) -> None:
         shutil.rmtree(self._part, ignore_errors=True)
+
+    def clean_after(self, session_id: str) -> None:
+        """It is PART, which goes in any case."""

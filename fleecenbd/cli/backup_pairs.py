@@ -16,10 +16,12 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fleecenbd.cli.backup_places import (
+    LOCK_SUFFIX,
     Destination,
     Lock,
     belongings,
@@ -95,27 +97,17 @@ class Pairs:
                     errno.ENOENT, "its folder does not exist; make it", str(path)
                 )
             staged = self._staged(disk)
-            self._locks[disk] = Lock(staged.with_name(f"{staged.name}.lock"), f"to {path}")
+            self._locks[disk] = Lock(staged.with_name(f"{staged.name}{LOCK_SUFFIX}"), f"to {path}")
         for disk, path in self._files.items():
             if in_place.is_pending(path):
                 in_place.roll_forward(path, step)  # ``made_from`` finds its record then
-            elif self._is_written_down(disk):
-                self._give_name(disk)
+            elif _is_written_down(path, self._locks[disk].content):
+                _give_name(path)
         folders = {path.parent for path in self._files.values()}
         if self._onto is not None:
             folders.add(self._onto.parent)
         for folder in folders:
             roll_all((p for p in pending_in(folder) if p not in self._files.values()), step)
-
-    def _is_written_down(self, disk: str) -> bool:
-        """Was it killed between the record and the name?"""
-        found = records.of_file(self._files[disk])
-        staged = self._staged(disk)
-        return (
-            found is not None
-            and found.record.id == self._locks[disk].content
-            and records.why_changed(staged, found.disk) is None
-        )
 
     def leave(self) -> None:
         for disk, lock in self._locks.items():
@@ -239,16 +231,9 @@ class Pairs:
                 checksum = f"{one.final.name}.{old.disk.checksum.algorithm}"
                 one.final.with_name(checksum).unlink(missing_ok=True)
         for one in files:
-            if not one.in_place:
-                self._give_name(one.disk)
+            if not one.in_place and one.final is not None:
+                _give_name(one.final)
         return [one.final for one in files if one.final is not None]
-
-    def _give_name(self, disk: str) -> None:
-        staged, final = self._staged(disk), self._files[disk]
-        for path in belongings(staged):
-            # Its checksum, too.
-            os.rename(path, final.with_name(final.name + path.name.removeprefix(staged.name)))
-        sync_folder(str(final))
 
     def settle(self, destinations: Sequence[Destination], step: Step) -> None:
         for one in destinations:
@@ -264,3 +249,44 @@ class Pairs:
             for unwritten in (in_place.mark_path(path), records.record_path(path)):
                 unwritten.with_name(f"{unwritten.name}.new").unlink(missing_ok=True)
             self._locks[disk].set_content("")
+
+    def clean_after(self, session_id: str) -> None:
+        for folder in {path.parent for path in self._files.values()}:
+            for path in folder.glob(f"*{in_place.STAGED_SUFFIX}{LOCK_SUFFIX}"):
+                target = path.with_name(
+                    path.name.removesuffix(f"{in_place.STAGED_SUFFIX}{LOCK_SUFFIX}")
+                )
+                if target in self._files.values() or in_place.is_pending(target):
+                    continue
+                with suppress(OSError):  # somebody is at work there
+                    _clean_one(Lock(path, f"to {target}"), target, session_id)
+
+
+def _is_written_down(target: Path, session_id: str) -> bool:
+    """Was its run killed between the record and the name?"""
+    found = records.of_file(target)
+    return (
+        found is not None
+        and found.record.id == session_id
+        and records.why_changed(in_place.staged_path(target), found.disk) is None
+    )
+
+
+def _give_name(target: Path) -> None:
+    staged = in_place.staged_path(target)
+    for path in belongings(staged):
+        # Its checksum, too.
+        os.rename(path, target.with_name(target.name + path.name.removeprefix(staged.name)))
+    sync_folder(str(target))
+
+
+def _clean_one(lock: Lock, target: Path, session_id: str) -> None:
+    is_of_it = lock.content == session_id
+    try:
+        if is_of_it and _is_written_down(target, session_id):
+            _give_name(target)
+        elif is_of_it:
+            for left in belongings(in_place.staged_path(target)):
+                left.unlink(missing_ok=True)
+    finally:
+        lock.close(remove=is_of_it)

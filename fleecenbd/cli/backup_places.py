@@ -18,6 +18,7 @@ from fleecenbd.client.in_place import Step
 from fleecenbd.client.records import BackedUp, BitmapUse, Found, Record, RecordedChecksum
 from fleecenbd.engine.bitmap import Bitmap
 
+LOCK_SUFFIX = ".lock"
 LOCK_TRIES = 10
 """How often a lock's file that goes just while it is being locked is made again."""
 
@@ -98,6 +99,9 @@ class Places(Protocol):
     def clean(self) -> None:
         """Remove what was not written down."""
 
+    def clean_after(self, session_id: str) -> None:
+        """That session has failed: remove what is left of it here, under whatever name."""
+
 
 class Lock:
     """A file that is locked as long as this is open. It may go with the lock, and have content."""
@@ -155,12 +159,9 @@ def belongings(staged: Path) -> list[Path]:
     return [
         staged.with_name(name)
         for name in sorted(names)
-        if name == staged.name or (name.startswith(f"{staged.name}.") and not _is_lock(name))
+        if name == staged.name
+        or (name.startswith(f"{staged.name}.") and not name.endswith(LOCK_SUFFIX))
     ]
-
-
-def _is_lock(name: str) -> bool:
-    return name.endswith(".lock")
 
 
 def entry_of(

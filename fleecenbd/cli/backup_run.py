@@ -7,10 +7,9 @@ from pathlib import Path
 
 from fleecenbd.cli import logs
 from fleecenbd.cli.backing_up import Backup
-from fleecenbd.cli.backup_copy import PullDisk
 from fleecenbd.cli.backup_places import Places
-from fleecenbd.cli.backup_view import show
-from fleecenbd.cli.backup_work import Ask, Outcome
+from fleecenbd.cli.backup_view import BackupView, show
+from fleecenbd.cli.backup_work import Ask, CopyDisk, Outcome
 from fleecenbd.cli.control_client import ControlClient, with_client
 from fleecenbd.cli.errors import CommandError
 from fleecenbd.cli.pulling import run_until_signal
@@ -19,7 +18,13 @@ from fleecenbd.client.telling import text_of
 
 
 def run(
-    control: str | None, ask: Ask, places: Places, copy_disk: PullDisk, *, as_json: bool
+    control: str | None,
+    ask: Ask,
+    places: Places,
+    copy_disk: CopyDisk,
+    view: BackupView,
+    *,
+    as_json: bool,
 ) -> None:
     """Make the backup. Raises CommandError, with the exit status in it."""
 
@@ -30,7 +35,6 @@ def run(
         outcome = run_until_signal(lambda: with_client(control, work))
     except OSError as error:
         raise CommandError(text_of(error)) from error
-    view = copy_disk.view
     if outcome.error is None:
         view.ends()
     show(outcome, view, with_json=as_json)

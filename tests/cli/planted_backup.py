@@ -48,8 +48,8 @@ BACKUP_BUGS = (
         "a session that a killed run has left counts as a success",
         "cli.backing_up",
         (
-            "await self._session.finish(session_id, FAILED)\n        self._session.renew()",
-            "await self._session.finish(session_id, SUCCESS)\n        self._session.renew()",
+            "finish(session_id, FAILED)\n            self._places.clean_after(",
+            "finish(session_id, SUCCESS)\n            self._places.clean_after(",
         ),
     ),
     _bug(

@@ -102,9 +102,10 @@ def test_a_backup_whose_session_cannot_be_finished_is_whole_and_says_so(
 ) -> None:
     made = Outcome("backup", "id-1", 1.0, None, files=[tmp_path / "a.raw"], error="it is gone")
     monkeypatch.setattr(backup_run, "run_until_signal", lambda _work: made)
-    copy_disk = PullDisk(PullAsk(), BackupView("auto", None))
+    view = BackupView("auto", None)
+    pulls = PullDisk(PullAsk(), view)
     with pytest.raises(CommandError) as caught:
-        backup_run.run(None, Ask("backup", {}), Nights(tmp_path, None), copy_disk, as_json=False)
+        backup_run.run(None, Ask("backup", {}), Nights(tmp_path, None), pulls, view, as_json=False)
     assert caught.value.status == 1
     text = str(caught.value)
     assert text.startswith("the backup is whole, but session backup could not be finished: it is")
