@@ -1,5 +1,7 @@
 #!/bin/sh
-# Back up a running VM every night: all of it at first, then what has changed.
+# Back up a running VM every night: all of it at first, then what has changed. With stock tools:
+# `fleecenbd backup --all FOLDER --incremental chain --or-full` makes the same nights by itself, and
+# each goes on with those of the other.
 #
 #   examples/nightly.sh [--full] SOCKET FOLDER [OPTION OF fleecenbd session begin...]
 #
