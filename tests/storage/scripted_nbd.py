@@ -145,7 +145,7 @@ class ScriptedServer:
         while self.accepted < count:
             await self.change()
 
-    async def _change(self) -> None:
+    async def change(self) -> None:
         self.changed.clear()
         await self.changed.wait()
 
