@@ -211,23 +211,6 @@ async def test_an_idle_connection_that_breaks_is_made_anew_at_once(tmp_path: Pat
         await close(client)
 
 
-async def test_a_request_that_is_half_sent_is_sent_again(tmp_path: Path) -> None:
-    async with scripted(tmp_path, 16 * MIB) as server:
-        server.is_deaf = True
-        client = await NbdClient.open(server.uri)
-        data = bytes(range(1, 256)) * (8 * MIB // 255)
-        write = asyncio.create_task(client.pwrite(0, data))
-        read = asyncio.create_task(client.pread(len(data), 4096))
-        while not server.connections[0].is_entered:
-            await asyncio.sleep(0)
-        server.is_deaf = False
-        server.connections[0].drop()
-        await write
-        assert server.disk[: len(data)] == data
-        assert await read == bytes(4096)
-        await close(client)
-
-
 async def test_others_carry_on_when_one_connection_breaks(tmp_path: Path) -> None:
     async def answer(connection: Connection, request: Request) -> None:
         if connection is first:
