@@ -41,7 +41,7 @@ async def test_an_image_that_is_as_it_was_is_served(tmp_path: Path) -> None:
     records.check("vm", "other.raw", 2 * MIB, writable=False)
 
 
-@pytest.mark.parametrize("pid", [HERE, None])
+@pytest.mark.parametrize("pid", [HERE, None], ids=["known", "unknown"])
 async def test_another_size_is_refused_while_the_guest_may_come_back(
     tmp_path: Path, pid: int | None
 ) -> None:
