@@ -21,6 +21,11 @@ SEEDS ?= 200
 RUNS ?= 20
 SECONDS ?= 60
 
+# Most tests wait for programs of their own: one process more than processors. A file's tests stay
+# together, in one process. With options of your own (PYTEST=...) there is one, to be looked at.
+WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
+SPREAD := $(if $(PYTEST),$(PYTEST),-n $(WORKERS) --dist loadfile)
+
 .PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress kills kills-pull guest bare bench bench-scale coverage mutate dist drawings clean
 
 help:  ## this text
@@ -28,11 +33,12 @@ help:  ## this text
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
+	@echo "  WORKERS=N               processes that tests run in (one more than processors): test, interop"
 	@echo "  SEEDS=N SEED=n RUNS=N SECONDS=N   how many, which one, how long: simulate, differential, stress, kills, kills-pull, fuzz"
 	@echo "  PEERS=trixie            Debian 13's clients and QEMU: interop, differential, bench"
 	@echo "  DEBIAN=12               or 13: bare"
 	@echo "  QUICK=1 KEEP=1 STRICT=1 short, also into docs/benchmarks, fail where a row falls short: bench"
-	@echo "  PYTEST='-k trim -x'     options for pytest: test, interop, guest"
+	@echo "  PYTEST='-k trim -x'     options for pytest: test, interop, guest (test and interop: then in one process)"
 	@echo "  DEMO='--size 64'        options for the demo"
 	@echo "  ORDERS='--scenario stat_trim'        options for explore"
 	@echo "  MUTATE='engine --sample 40 --seed 7' options for mutate"
@@ -60,7 +66,7 @@ demo: $(READY)  ## back up a disk while it is being overwritten, with and withou
 	$(PYTHON) examples/demo.py $(DEMO)
 
 test: lint $(TOOLS)  ## everything that must pass: lint, unit tests, simulation, interop, examples
-	$(PYTHON) -m pytest $(PYTEST)
+	$(PYTHON) -m pytest $(SPREAD)
 
 lint: $(READY) $(SHELLCHECK)  ## ruff format (check only), ruff, mypy --strict, shellcheck
 	$(PYTHON) -m ruff format --check .
@@ -86,7 +92,7 @@ explore: $(READY)  ## every order of events, the long set; ORDERS='--scenario NA
 INTEROP := tests/client/test_source.py tests/storage/test_nbd_client.py tests/storage/test_nbd_reconnect.py tests/interop tests/plugin tests/differential tests/peers tests/examples/test_libvirt.py tests/examples/test_systemd.py tests/examples/test_systemd_backup.py
 
 interop: $(if $(PEERS),,$(TOOLS))  ## only the tests with other people's NBD clients; PEERS=trixie: Debian 13's (root)
-	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m pytest $(INTEROP) $(PYTEST)
+	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m pytest $(INTEROP) $(SPREAD)
 
 differential: $(if $(PEERS),,$(TOOLS))  ## scripts drawn from seeds to us and to QEMU: SEEDS=N, SEED=n; PEERS=trixie: QEMU 10
 	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m tests.differential $(if $(SEED),--seed $(SEED) --show,--seeds $(SEEDS))

@@ -40,10 +40,13 @@ class FakeSource:
         self.hold = asyncio.Event()
         """Reads wait for it."""
         self.hold.set()
+        self.asked = asyncio.Event()
+        """A read has come."""
         self.closed = False
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """EINVAL where it was released."""
+        self.asked.set()
         await self.hold.wait()
         self.before_read(offset)
         for unit in range(offset // UNIT, -(-(offset + length) // UNIT)):

@@ -521,10 +521,8 @@ async def test_trims_that_hang_do_not_keep_the_target_from_being_complete(
 
 async def test_a_pull_that_is_cancelled_twice_ends_at_once(pulling: Pulling) -> None:
     pulling.source.hold.clear()
-    begun = asyncio.Event()
-    pulling.look = lambda event: begun.set()
     task = asyncio.create_task(pulling())
-    await begun.wait()
+    await pulling.source.asked.wait()
     task.cancel()
     await asyncio.sleep(0.01)
     assert not task.done()
