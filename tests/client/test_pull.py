@@ -519,7 +519,10 @@ async def test_trims_that_hang_do_not_keep_the_target_from_being_complete(
     assert "the server has not answered the last TRIMs for 0.05 s" in note
 
 
-async def test_a_pull_that_is_cancelled_twice_ends_at_once(pulling: Pulling) -> None:
+async def test_a_pull_that_is_cancelled_twice_ends_at_once(
+    pulling: Pulling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy_loop, "BATCH_S", 1000.0)  # nothing is durable, zeroes neither
     pulling.source.hold.clear()
     task = asyncio.create_task(pulling())
     await pulling.source.asked.wait()
