@@ -40,7 +40,7 @@ START_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 300.0
 """Seconds that qemu-nbd may take to write out what it holds when we hang up."""
 LOOK_S = 0.01
-"""Seconds between two looks for qemu-nbd's socket: it tells nobody when it is there."""
+"""Seconds between two looks for qemu-nbd's pid file, which comes once it listens."""
 
 
 class Qcow2Target:
@@ -265,7 +265,7 @@ async def _serve(path: str, part: str, *, compress: bool) -> tuple[NbdTarget, _C
         raise
     try:
         sock = os.path.join(folder, "sock")
-        await _wait_for_socket(child, sock, path)
+        await _wait_until_it_listens(child, os.path.join(folder, "pid"), path)
         with child.blamed(path):
             client = await NbdClient.open(f"nbd+unix:///?socket={quote(sock)}", retries=0)
         child.forget_socket()
@@ -287,7 +287,8 @@ async def _start(folder: str, part: str, *, compress: bool) -> _Child:
     command = [
         *("setpriv", "--pdeathsig", "KILL", "--") * (shutil.which("setpriv") is not None),
         *("qemu-nbd", "--cache=writeback", "--discard=unmap", "--export-name="),
-        *("--socket", os.path.join(folder, "sock"), "--image-opts"),
+        *("--socket", os.path.join(folder, "sock"), "--pid-file", os.path.join(folder, "pid")),
+        "--image-opts",
         ",".join(f"{key}={value}" for key, value in options.items()),
     ]
     with _open_log(folder) as log:
@@ -310,10 +311,10 @@ def _open_log(folder: str) -> BinaryIO:
     return open(os.path.join(folder, "stderr"), "wb")
 
 
-async def _wait_for_socket(child: _Child, sock: str, path: str) -> None:
+async def _wait_until_it_listens(child: _Child, pid_file: str, path: str) -> None:
     try:
         async with asyncio.timeout(START_TIMEOUT_S):
-            while not _is_there(sock):
+            while not _is_there(pid_file):
                 if child.process.returncode is not None:
                     number = child.process.returncode
                     why = child.said() or f"status {signal.strsignal(-number) or number}"

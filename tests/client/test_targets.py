@@ -5,6 +5,7 @@ import errno
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,15 +44,17 @@ def block_device(tmp_path: Path) -> Iterator[str]:
 @asynccontextmanager
 async def nbd_server(tmp_path: Path, *options: str, size: int = SIZE) -> AsyncIterator[str]:
     """A qemu-nbd over ``nbd.img``; its URI."""
-    image, sock = tmp_path / "nbd.img", tmp_path / "nbd.sock"
+    image, sock, ready = tmp_path / "nbd.img", tmp_path / "nbd.sock", tmp_path / "nbd.pid"
+    ready.unlink(missing_ok=True)
     if not image.exists():
         with image.open("wb") as file:
             file.truncate(size)
     process = await asyncio.create_subprocess_exec(
-        *("qemu-nbd", "-f", "raw", "-t", "-e", "8", "-x", "", "-k", str(sock), *options, str(image))
+        *("qemu-nbd", "-f", "raw", "-t", "-e", "8", "-x", "", "-k", str(sock), *options),
+        *("--pid-file", str(ready), str(image)),
     )
     try:
-        while not sock.exists():
+        while not ready.exists():
             assert process.returncode is None
             await asyncio.sleep(0.01)
         yield f"nbd+unix:///?socket={sock}"
@@ -270,6 +273,28 @@ async def test_a_qemu_nbd_that_dies_is_named_and_told_of(tmp_path: Path) -> None
     assert caught.value.filename == str(tmp_path / "t")
     await target.discard()
     assert _names(tmp_path) == set()
+
+
+async def test_a_qemu_nbd_whose_socket_is_there_and_that_does_not_listen_yet_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs, real = tmp_path / "bin", shutil.which("qemu-nbd")
+    programs.mkdir()
+    (programs / "qemu-nbd").write_text(
+        f"""#!{sys.executable}
+import os, socket, sys, time
+path = sys.argv[sys.argv.index("--socket") + 1]
+with socket.socket(socket.AF_UNIX) as bound:
+    bound.bind(path)
+    time.sleep(0.3)
+os.unlink(path)
+os.execv({real!r}, ["qemu-nbd", *sys.argv[1:]])
+"""
+    )
+    (programs / "qemu-nbd").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    target = await open_target(f"qcow2:{tmp_path / 'target'}", SIZE, force=False, resume=False)
+    await target.discard()
 
 
 async def test_a_disk_of_odd_size_is_compressed_too(tmp_path: Path) -> None:
