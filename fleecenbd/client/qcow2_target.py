@@ -222,7 +222,8 @@ async def open_qcow2(
         nbd,
         child,
         is_zero=backing is None and not resume,
-        shrinks_to=whole if compress and whole != rounded else None,
+        # One that is resumed may have been begun compressed.
+        shrinks_to=whole if (compress or resume) and whole != rounded else None,
     )
 
 

@@ -310,6 +310,19 @@ async def test_a_disk_of_odd_size_is_compressed_too(tmp_path: Path) -> None:
     assert path.stat().st_size < MIB
 
 
+@pytest.mark.parametrize("compress", [True, False])
+async def test_what_was_begun_compressed_has_the_disk_s_size_however_it_is_resumed(
+    tmp_path: Path, compress: bool
+) -> None:
+    size = MIB + 66048
+    text = f"qcow2:{tmp_path / 't'}"
+    target = await open_target(text, size, force=False, resume=False, compress=True)
+    await target.keep()
+    target = await open_target(text, size, force=False, resume=True, compress=compress)
+    await target.complete()
+    assert f"({size} bytes)" in _told("qemu-img", "info", tmp_path / "t")
+
+
 async def test_an_nbd_target_says_what_a_lost_connection_may_have_cost(tmp_path: Path) -> None:
     async with nbd_server(tmp_path) as uri:
         target = await open_target(uri, SIZE, force=False, resume=False, retries=50)
