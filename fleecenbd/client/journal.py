@@ -58,6 +58,8 @@ class Header(msgspec.Struct, frozen=True):
     """Only what is dirty there is copied."""
     algorithm: str | None = None
     """Of the checksums."""
+    force: bool = False
+    """What has the target's name already is replaced."""
     journal: int = VERSION
 
 

@@ -13,12 +13,13 @@ import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
 from fleecenbd.client.journal import COMPLETE, COMPLETING, Header, Journal
 from fleecenbd.client.journal_file import DurableFile, sync_folder
-from fleecenbd.client.options import Places, PullOptions
+from fleecenbd.client.options import ONCE, QCOW2, Places, PullOptions, path_of
 from fleecenbd.storage.system_calls import write_all
 
 
@@ -73,7 +74,10 @@ def take_up(
         _check_same(journal.header, header, options)
         # What it was begun with rules: the checksums of before are of its algorithm.
         journal.header = msgspec.structs.replace(
-            header, algorithm=journal.header.algorithm, target=journal.header.target
+            header,
+            algorithm=journal.header.algorithm,
+            target=journal.header.target,
+            force=header.force or journal.header.force,
         )
         return journal
     if file.content:
@@ -92,6 +96,16 @@ def _check_same(old: Header, new: Header, options: PullOptions) -> None:
             "or begin anew with --force, and what the first one has released is lost",
             target,
         )
+    before, now = _export(old.source), _export(new.source)
+    # An empty name is that of the one export there is.
+    if new.session is not None and before and now and before != now:
+        raise OSError(
+            errno.EINVAL,
+            f"what is there is of {before}, and this is {now}: another disk of the same moment; "
+            "resume it from the first one, or name another target",
+            target,
+        )
+    _check_same_target(old, options)
     if new.session is None and not options.force:
         raise OSError(
             errno.EINVAL,
@@ -120,6 +134,34 @@ def _check_same(old: Header, new: Header, options: PullOptions) -> None:
             "it has released cannot be read again; resume it so",
             target,
         )
+
+
+def _export(uri: str) -> str:
+    return unquote(urlsplit(uri).path.removeprefix("/")).removesuffix(ONCE)
+
+
+def _check_same_target(old: Header, options: PullOptions) -> None:
+    """What the journal calls durable is durable there, and in that format, and nowhere else."""
+    target = options.target
+    if old.target.startswith(QCOW2) is not target.startswith(QCOW2):
+        raise OSError(
+            errno.EINVAL, f"what is there was begun as {old.target}; resume it as that", target
+        )
+    # Beside a file, or in a name made from the target's, it can be no other one's.
+    if options.journal is None or options.force or _name(old.target) == _name(target):
+        return
+    raise OSError(
+        errno.EINVAL,
+        f"{options.journal} tells what is durable in {old.target}; name that, or, if this is the "
+        "same under another name, add --force",
+        target,
+    )
+
+
+def _name(target: str) -> str:
+    """What two ways to write a target have in common."""
+    path = path_of(target)
+    return target if path is None else os.path.basename(path)
 
 
 def _with(option: str, value: str | None) -> str:

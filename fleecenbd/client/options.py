@@ -17,6 +17,9 @@ JOURNAL_SUFFIX = ".journal"
 ONCE = "+once"
 """What an export's name ends in whose every READ releases what it has handed over."""
 
+QCOW2 = "qcow2:"
+"""What the text of a target begins with that is a qcow2 file."""
+
 _URI = re.compile(r"nbds?(\+unix|\+vsock)?://")
 
 
@@ -83,14 +86,17 @@ class Places:
         return None if self.file is None else f"{self.file}.{algorithm}"
 
 
+def path_of(target: str) -> str | None:
+    """Where a target is; None: it is an NBD URI."""
+    return None if _URI.match(target) else re.sub("^(raw|qcow2):", "", target)
+
+
 def find_places(options: PullOptions) -> Places:
     """Where this target's files are. Raises OSError where the journal has no place."""
     target = options.target
-    path: str | None = None
-    if not _URI.match(target):
-        path = re.sub("^(raw|qcow2):", "", target)
-        if _is_special(path):
-            path = None
+    path = path_of(target)
+    if path is not None and _is_special(path):
+        path = None
     if options.journal is not None:
         return Places(options.journal, path)
     if path is not None:

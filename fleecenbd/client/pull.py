@@ -85,20 +85,30 @@ async def pull(
     """Copy the source to the target, and release in the source what is durable there.
 
     Raises OSError, after the event ``failed``; so does being cancelled: what is in hand is made
-    durable first, unless it is cancelled once more. ``open_source`` and ``open_target``: others
-    than a libnbd client and the targets of ``targets.py``.
+    durable first, unless it is cancelled once more. Cancelled when the target has its name, or is
+    getting it, it is complete. ``open_source`` and ``open_target``: others than a libnbd client
+    and the targets of ``targets.py``.
     """
     work = _Pull(options, on_event, controls or Controls(options.rate), open_source, open_target)
     try:
         done = await work.run()
     except asyncio.CancelledError:
-        on_event(Failed("interrupted", work.kept))
-        raise
+        if work.done is None:
+            on_event(Failed("interrupted", work.kept))
+            raise
+        done = work.done  # what was not closed yet ends with the process
+        _forget_cancel()
     except OSError as error:
         on_event(Failed(text_of(error), work.kept))
         raise
     on_event(done)
     return done
+
+
+def _forget_cancel() -> None:
+    task = asyncio.current_task()
+    assert task is not None, "this is one"
+    task.uncancel()
 
 
 class _Pull:
@@ -114,6 +124,8 @@ class _Pull:
     ) -> None:
         self.kept: str | None = None
         """What is left for ``--resume`` after a failure."""
+        self.done: Done | None = None
+        """The target is complete, and all that is left is to hang up."""
         self._options = options
         self._on_event = on_event
         self._controls = controls
@@ -176,6 +188,7 @@ class _Pull:
             block=BLOCK_SIZE,
             bitmap=options.bitmap,
             algorithm=options.checksum or (checksums.DEFAULT_ALGORITHM if options.verify else None),
+            force=options.force,
         )
         journal = leftovers.take_up(file, header, options, places, self._note)
         plan = Plan(source, journal.durable, bitmap=options.bitmap, align=self._align(source))
@@ -193,7 +206,7 @@ class _Pull:
             target = await self._find_open_target()(
                 options.target,
                 source.size,
-                force=options.force and not resumes,
+                force=journal.header.force,
                 resume=resumes,
                 compress=options.compress,
                 backing=options.backing,
@@ -224,7 +237,8 @@ class _Pull:
         self._note(f"{self._options.target} was complete already")
         if self._places.file is not None:
             await journal.remove()
-        return Done(plan.resumed, 0, 0, 0.0, None, verified=False)
+        self.done = Done(plan.resumed, 0, 0, 0.0, None, verified=False)
+        return self.done
 
     async def _leave(self, journal: Journal, target: Target) -> None:
         """After a failure: keep what is durable, if there is any and it can be of use."""
@@ -284,7 +298,8 @@ class _Pull:
                     root = Checksum(sums.algorithm, sums.root(blocks, journal.digests))
                     self._write_checksum(root, plan)
             await self._finish(journal, target)
-            return telling.done(root, verified=options.verify)
+            self.done = telling.done(root, verified=options.verify)
+        return self.done
 
     async def _finish(self, journal: Journal, target: Target) -> None:
         """Give the target its name. Cancelled meanwhile, it is complete all the same."""
@@ -303,9 +318,7 @@ class _Pull:
             await asyncio.shield(work)
         except asyncio.CancelledError:
             await work
-            task = asyncio.current_task()
-            assert task is not None, "this is one"
-            task.uncancel()
+            _forget_cancel()
 
     def _say_what_is_special(self, source: Source) -> None:
         options = self._options

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from fleecenbd.client.endpoints import Target
 from fleecenbd.client.file_target import open_block_device, open_file
 from fleecenbd.client.nbd_target import open_nbd
-from fleecenbd.client.options import RETRIES, Backing
+from fleecenbd.client.options import QCOW2, RETRIES, Backing
 from fleecenbd.client.qcow2_target import open_qcow2
 
 _URI = re.compile(r"nbds?(\+unix|\+vsock)?://")
-_QCOW2 = "qcow2:"
 _RAW = "raw:"
 
 
@@ -35,7 +34,8 @@ async def open_target(
     """Open ``text``: a path, ``raw:PATH``, ``qcow2:PATH`` or an NBD URI, for a disk of ``size``.
 
     ``force``: what is there may be written over. ``resume``: go on with what an earlier pull has
-    left; what is not known to be durable there may read as anything (``is_zero`` is False).
+    left, whatever ``force`` says; what is not known to be durable there may read as anything
+    (``is_zero`` is False).
     ``tell`` gets a line for the user where something is worth one. Raises OSError that says what
     to do.
     """
@@ -49,8 +49,8 @@ async def open_target(
             retries=retries,
             tell=tell,
         )
-    if text.startswith(_QCOW2):
-        path = text.removeprefix(_QCOW2)
+    if text.startswith(QCOW2):
+        path = text.removeprefix(QCOW2)
         if _is_block_device(path):
             raise OSError(errno.EINVAL, "is a block device: qcow2 targets are files", path)
         return await open_qcow2(

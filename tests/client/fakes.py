@@ -150,15 +150,15 @@ class FakeTargets:
         self, text: str, size: int, *, force: bool, resume: bool, **_options: Any
     ) -> Target:
         """Refuses what is there, as targets.py does."""
-        _make_way(text, force=force)
+        _make_way(text, force=force, resume=resume)
         target = FakeTarget(Path(text), size, resume=resume, **self._facts)
         self._prepare(target)
         self.made.append(target)
         return target
 
 
-def _make_way(text: str, *, force: bool) -> None:
+def _make_way(text: str, *, force: bool, resume: bool) -> None:
     if not force and os.path.exists(text):
         raise FileExistsError(errno.EEXIST, "it is there; give --force", text)
-    if force:
+    if force and not resume:
         Path(f"{text}.part").unlink(missing_ok=True)

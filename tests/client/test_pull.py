@@ -19,6 +19,7 @@ from fleecenbd.client.events import Done, Event, Failed, Note, OnEvent, Progress
 from fleecenbd.client.options import PullOptions
 from fleecenbd.client.plan import DIRTY
 from fleecenbd.client.pull import ignore, pull
+from fleecenbd.client.targets import open_target
 from tests.client.fakes import UNIT, FakeSource, FakeTarget, FakeTargets
 
 MIB = 1 << 20
@@ -44,6 +45,8 @@ class Pulling:
 
     def __init__(self, path: Path, source: FakeSource) -> None:
         self.path = path
+        self.uri = URI
+        self.format = ""
         self.source = source
         self.events: list[Event] = []
         self.targets = FakeTargets()
@@ -57,7 +60,7 @@ class Pulling:
     async def __call__(self, **options: Any) -> Done:
         self.events.clear()
         return await pull(
-            PullOptions(URI, str(self.path), **{"progress_s": 0.01, **options}),
+            PullOptions(self.uri, f"{self.format}{self.path}", **{"progress_s": 0.01, **options}),
             self._told,
             controls=self.controls,
             open_source=self.source.open,
@@ -266,6 +269,61 @@ async def test_resume_refuses_another_session(pulling: Pulling) -> None:
     assert "what is there is of session id-1" in error
     assert "this is session id-2: another moment's image" in error
     assert pulling.left() == {"vm.raw.part", "vm.raw.journal"}
+
+
+async def test_resume_refuses_another_disk_of_the_same_moment(pulling: Pulling) -> None:
+    await _fail_half_way(pulling)
+    pulling.uri = "nbd+unix:///vdb@n?socket=/s"
+    error = await pulling.fails(resume=True)
+    assert "what is there is of vda@n, and this is vdb@n" in error
+    assert pulling.left() == {"vm.raw.part", "vm.raw.journal"}
+    pulling.uri = "nbd://host/vda%40n+once"
+    await pulling(resume=True)
+    assert pulling.path.read_bytes() == pulling.source.content
+
+
+async def test_a_qcow2_file_is_not_resumed_as_a_raw_one(pulling: Pulling) -> None:
+    pulling.targets.open = open_target  # type: ignore[method-assign]
+    pulling.format = "qcow2:"
+    await _fail_half_way(pulling)
+    part = pulling.path.with_suffix(".raw.part")
+    before = part.read_bytes()
+    for other in ("", "raw:"):
+        pulling.format = other
+        assert "was begun as qcow2:" in await pulling.fails(resume=True)
+    assert part.read_bytes() == before
+    pulling.format = "qcow2:"
+    await pulling(resume=True)
+    assert pulling.left() == {"vm.raw"}
+
+
+async def test_a_journal_is_of_one_target(pulling: Pulling) -> None:
+    journal = str(pulling.path.with_name("j"))
+    await _fail_half_way(pulling, journal=journal)
+    begun = pulling.path
+    pulling.path = begun.with_name("other.raw")
+    pulling.path.with_suffix(".raw.part").touch()
+    error = await pulling.fails(journal=journal, resume=True)
+    assert f"{journal} tells what is durable in {begun}; name that" in error
+    begun.with_suffix(".raw.part").rename(pulling.path.with_suffix(".raw.part"))
+    await pulling(journal=journal, resume=True, force=True)
+    assert pulling.path.read_bytes() == pulling.source.content
+
+
+async def test_what_was_begun_with_force_replaces_when_it_is_resumed(pulling: Pulling) -> None:
+    pulling.path.write_bytes(b"old")
+    await _fail_half_way(pulling, force=True)
+    assert pulling.left() == {"vm.raw", "vm.raw.part", "vm.raw.journal"}
+    await pulling(resume=True)
+    assert pulling.path.read_bytes() == pulling.source.content
+
+
+async def test_what_has_come_meanwhile_is_replaced_with_force_alone(pulling: Pulling) -> None:
+    await _fail_half_way(pulling)
+    pulling.path.write_bytes(b"new")
+    assert "give --force" in await pulling.fails(resume=True)
+    await pulling(resume=True, force=True)
+    assert pulling.path.read_bytes() == pulling.source.content
 
 
 async def test_resume_needs_something_to_resume(pulling: Pulling) -> None:
@@ -502,6 +560,23 @@ async def test_what_is_cancelled_while_it_gets_its_name_is_complete(pulling: Pul
     go_on.set()
     assert (await task).durable == pulling.source.size
     assert pulling.left() == {"vm.raw"}
+
+
+async def test_what_is_cancelled_while_it_hangs_up_is_complete(pulling: Pulling) -> None:
+    arrived = asyncio.Event()
+
+    async def close() -> None:
+        arrived.set()
+        await asyncio.Event().wait()
+
+    pulling.source.close = close  # type: ignore[method-assign]
+    task = asyncio.create_task(pulling())
+    await arrived.wait()
+    task.cancel()
+    done = await task
+    assert pulling.events[-1] is done
+    assert pulling.left() == {"vm.raw"}
+    assert not task.cancelling()
 
 
 async def test_trims_that_hang_do_not_keep_the_target_from_being_complete(
