@@ -30,6 +30,7 @@ from fleecenbd.cli.backup_work import Ask, CopyDisk, Outcome, Work
 from fleecenbd.cli.control_client import ControlClient
 from fleecenbd.cli.errors import CommandError
 from fleecenbd.client.events import Done
+from fleecenbd.client.options import JOURNAL_SUFFIX
 from fleecenbd.client.records import Found, Record, RecordedChecksum
 from fleecenbd.client.telling import text_of
 from fleecenbd.engine.recording import NEW, USE
@@ -133,12 +134,18 @@ class Backup:
         if files is not None:
             outcome = Outcome(shown["name"], session_id, shown["armed_at"], None, files=files)
             await self._finish(outcome)
-            logs.report(
-                f"the backup of an earlier run, which was killed, was whole: session "
-                f"{shown['name']} is finished"
-            )
+            if outcome.error is None:
+                logs.report(
+                    f"the backup of an earlier run, which was killed, was whole: session "
+                    f"{shown['name']} is finished"
+                )
             if resume:
                 raise Left(outcome)
+            if outcome.error is not None:
+                raise CommandError(
+                    f"the backup of an earlier run, which was killed, is whole, but session "
+                    f"{shown['name']} could not be finished: {outcome.error}"
+                )
         elif resume:
             self._check_resumable(shown)
             return shown
@@ -241,6 +248,7 @@ class Backup:
         self._works = works
         self._copy.begins(works)
         for work in works:
+            _end_if_interrupted()
             await self._copy_one(work)
         return self._write_down(session, works)
 
@@ -267,8 +275,12 @@ class Backup:
             work.changed = await self._copy.changed(work)
         staged = work.destination.staged
         if work.is_resumed and staged is not None and staged.exists():
-            return  # whole: it gets this name at its end
-        work.done = await self._copy(work)
+            # Whole: it gets this name at its end, and loses its journal then.
+            staged.with_name(f"{staged.name}{JOURNAL_SUFFIX}").unlink(missing_ok=True)
+            return
+        # In a task of its own: one that is interrupted when it is complete already forgets that,
+        # and we must not.
+        work.done = await asyncio.ensure_future(self._copy(work))
 
     def _write_down(self, session: Mapping[str, Any], works: list[Work]) -> Outcome:
         """In one step of the loop: who interrupts now comes before it or after it."""
@@ -332,6 +344,13 @@ class Backup:
         except asyncio.CancelledError:
             logs.report(f"session {outcome.session} is finished; {later}")
             raise
+
+
+def _end_if_interrupted() -> None:
+    task = asyncio.current_task()
+    assert task is not None, "this is one"
+    if task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _needs_full(problem: str) -> str:

@@ -428,6 +428,7 @@ class SimRun:
             self.met["resumed"] += resume
             for path in outcome.files:
                 self._check(path, outcome.session_id)
+                assert not Path(f"{path}.journal").exists(), f"N: {path} has a pull's journal"
             self._look_at_chain(str(bitmap), mode, outcome)
         elif world.is_dead:
             self.met["crashes"] += 1
