@@ -107,7 +107,9 @@ class Pairs:
         if self._onto is not None:
             folders.add(self._onto.parent)
         for folder in folders:
-            roll_all((p for p in pending_in(folder) if p not in self._files.values()), step)
+            for path in pending_in(folder):
+                if path not in self._files.values():
+                    _roll_other(path, step)
 
     def leave(self) -> None:
         for disk, lock in self._locks.items():
@@ -260,6 +262,19 @@ class Pairs:
                     continue
                 with suppress(OSError):  # somebody is at work there
                     _clean_one(Lock(path, f"to {target}"), target, session_id)
+
+
+def _roll_other(target: Path, step: Step) -> None:
+    """Roll forward what another run has left, unless it is at work: then it does that itself."""
+    staged = in_place.staged_path(target)
+    try:
+        lock = Lock(staged.with_name(f"{staged.name}{LOCK_SUFFIX}"), f"to {target}")
+    except OSError:
+        return
+    try:
+        roll_all([target], step)
+    finally:
+        lock.close(remove=not belongings(staged))
 
 
 def _is_written_down(target: Path, session_id: str) -> bool:

@@ -205,6 +205,8 @@ def roll_all(paths: Iterable[Path], step: Step) -> None:
         try:
             if in_place.roll_forward(path, step) is not None:
                 logs.report(f"{path}: the changes that an earlier run had pulled are in it now")
+        except InterruptedError:
+            raise  # it is ours: there is nothing to tell
         except OSError as error:
             logs.report(f"{path}: {error.strerror}")
 
