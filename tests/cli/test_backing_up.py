@@ -71,7 +71,7 @@ async def test_who_interrupts_between_two_disks_ends_it(
         await copy.run
     assert copy.copied == ["vda"]
     assert not world.sessions
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == []
 
 
 async def test_the_journal_of_a_pull_that_was_whole_is_no_part_of_the_backup(
@@ -86,7 +86,7 @@ async def test_the_journal_of_a_pull_that_was_whole_is_no_part_of_the_backup(
     staged.with_name(f"{staged.name}.lock").write_text(session["id"])
     outcome = await _backup(world, _pairs(tmp_path, "vda"), resume=True).run()
     assert outcome.result == "success"
-    assert {path.name for path in tmp_path.iterdir()} == {"vda.raw", "vda.raw.backup.json"}
+    assert set(os.listdir(tmp_path)) == {"vda.raw", "vda.raw.backup.json"}
 
 
 async def _leaves_its_mark(world: World, folder: Path) -> None:
