@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from fleecenbd.cli.backup_view import BackupView
 from fleecenbd.cli.backup_work import Work
 from fleecenbd.client.changed import changed_bits
 from fleecenbd.client.events import Done, Event, Start
-from fleecenbd.client.options import JOURNAL_SUFFIX, Backing, PullOptions
+from fleecenbd.client.journal import session_of
+from fleecenbd.client.options import Backing, PullOptions, find_places
 from fleecenbd.client.pull import pull
 from fleecenbd.client.source import open_source
 from fleecenbd.engine.bitmap import Bitmap
@@ -48,7 +48,6 @@ class PullDisk:
             source=work.uri,
             target=destination.target,
             force=self._ask.force and destination.staged is None,
-            resume=work.is_resumed and _has_begun(destination.staged),
             bitmap=work.answer["bitmap"]["name"] if work.dirty_only else None,
             compress=self._ask.compress and destination.format == "qcow2",
             backing=_backing(work),
@@ -56,6 +55,8 @@ class PullDisk:
             keep=destination.staged is not None,
             **self._ask.options,
         )
+        if work.is_resumed and _has_begun(options, work.session_id):
+            options = replace(options, resume=True)
         with self._view.of(work) as show:
 
             def told(event: Event) -> None:
@@ -82,8 +83,14 @@ class PullDisk:
                 await source.close()
 
 
-def _has_begun(staged: Path | None) -> bool:
-    return staged is not None and os.path.exists(f"{staged}{JOURNAL_SUFFIX}")
+def _has_begun(options: PullOptions, session_id: str) -> bool:
+    """Whether there is a pull to go on with: that of a device may be long over."""
+    places = find_places(options)
+    try:
+        content = Path(places.journal).read_bytes()
+    except FileNotFoundError:
+        return False
+    return places.file is not None or session_of(content) == session_id
 
 
 def _backing(work: Work) -> Backing | None:

@@ -202,6 +202,12 @@ class Journal:
         return b"".join(lines)
 
 
+def session_of(content: bytes) -> str | None:
+    """Of which session a journal tells; None: of none, or it cannot be believed."""
+    header = _decode(content.partition(b"\n")[0])
+    return None if header is None else header.get("session")
+
+
 def _runs(bits: bitarray) -> list[tuple[int, int]]:
     return [(first, end - first) for first, end in cluster_runs(bits, 0, len(bits))]
 

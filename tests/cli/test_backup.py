@@ -376,6 +376,25 @@ def test_resume_goes_on_with_the_moment_of_a_killed_run(backups: Backups, tmp_pa
     assert "nothing can be resumed: there is no session backup" in told
 
 
+def test_resume_goes_on_in_what_is_no_file(
+    backups: Backups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
+    moment = backups.keep_moment(tmp_path / "moment")
+    image = tmp_path / "target.img"
+    with image.open("wb") as file:
+        file.truncate(SIZE)
+    with serving(tmp_path, f"t={image}") as target:
+        words = ("vda", target.uri("t"))
+        with backups.start(*words, "--rate", "4M", "--progress", "json") as process:
+            _until(process, "progress", read=MIB)
+            process.kill()
+            process.communicate()
+        backups.write()
+        backups.backup(*words, "--resume")
+    assert first_difference(image, moment) is None
+
+
 def test_somebody_else_s_session_is_left_alone(backups: Backups, tmp_path: Path) -> None:
     for name in ("mine", "fleecenbd backup mine"):
         backups.control.call("PUT", "sessions/backup", owner=name)
