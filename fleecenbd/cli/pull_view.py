@@ -30,6 +30,11 @@ FACTS_WIDTH = 72
 """Columns, of the bar and of all that stands beside it."""
 
 
+UNSEEN = (OSError, SystemExit)
+"""What drawing raises once the window was closed (nohup, disown); of a pipe, rich makes SystemExit.
+It ends no backup."""
+
+
 class PullView:
     """Called with each event (``events.OnEvent``), while it is entered."""
 
@@ -165,13 +170,17 @@ class _Bar:
         self._task = self._progress.add_task("pull", total=None, facts="")
 
     def start(self) -> None:
-        self._progress.start()
+        with suppress(*UNSEEN):
+            self._progress.start()
 
     def stop(self) -> None:
-        self._progress.stop()
+        with suppress(*UNSEEN):
+            self._progress.stop()
 
     def show(self, event: Event) -> None:
-        if isinstance(event, events.Progress):
+        if not isinstance(event, events.Progress):
+            return
+        with suppress(*UNSEEN):
             self._progress.update(
                 self._task,
                 completed=event.durable,

@@ -218,6 +218,19 @@ def test_stdin_cancels_it_by_a_word_and_by_its_end(served: Served, target: Path,
     assert pulling.end()[0] == 130
 
 
+@pytest.mark.parametrize("way", ["terminal", "pipe"])
+def test_nobody_has_to_look_at_it(served: Served, target: Path, way: str) -> None:
+    """As after ``nohup`` or ``disown``, when the window is closed."""
+    seen, shown = os.openpty() if way == "terminal" else os.pipe()
+    words = ("--rate", "8M", "--progress", "bar", served.begin(), target)
+    with subprocess.Popen([*PULL, *words], stderr=shown, stdin=subprocess.DEVNULL) as process:
+        os.close(shown)
+        assert os.read(seen, 1)
+        os.close(seen)
+        assert process.wait(TIMEOUT_S) == 0
+    assert first_difference(target, served.image) is None
+
+
 def test_percents_go_to_a_descriptor(served: Served, target: Path) -> None:
     reader, writer = os.pipe()
     try:
