@@ -174,8 +174,15 @@ def _check_given_up(
     """A pull that has not ended makes room for another: say what is lost with it."""
     try:
         old = Journal.read(file.content, file)
-    except OSError:
-        return
+    except OSError as error:
+        if options.force:
+            return
+        raise OSError(
+            errno.EEXIST,
+            f"{file.name} is there, and is no pull's journal that can be read; name another with "
+            "--journal, or write over it with --force",
+            options.target,
+        ) from error
     if old.mark == COMPLETE:
         return
     if not options.force:  # a device: the journal is elsewhere

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,24 @@ async def test_a_journal_is_of_one_target(pulling: Pulling) -> None:
     begun.with_suffix(".raw.part").rename(pulling.path.with_suffix(".raw.part"))
     await pulling(journal=journal, resume=True, force=True)
     assert pulling.path.read_bytes() == pulling.source.content
+
+
+async def test_a_journal_does_not_take_the_place_of_a_file_that_is_none(
+    pulling: Pulling, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    notes.write_text("do not lose this\n")
+
+    async def copies(*_: Any, **__: Any) -> Any:
+        return FakeTarget(tmp_path / "device", pulling.source.size, resume=False)
+
+    options = {"open_source": pulling.source.open, "open_target": copies}
+    asked = PullOptions(URI, "nbd://host/t", journal=str(notes))
+    with pytest.raises(OSError, match="is there, and is no pull's journal"):
+        await pull(asked, **options)  # type: ignore[arg-type]
+    assert notes.read_text() == "do not lose this\n"
+    await pull(replace(asked, force=True), **options)  # type: ignore[arg-type]
+    assert "complete" in notes.read_text()
 
 
 async def test_what_was_begun_with_force_replaces_when_it_is_resumed(pulling: Pulling) -> None:
