@@ -2,10 +2,10 @@
 
     pull ──NBD──▶ private socket ──▶ qemu-nbd ──▶ PATH.part, which becomes PATH
 
-The socket's file goes once we are connected, and qemu-nbd ends when we hang up, or die: it serves
+The socket's folder goes once we are connected, and qemu-nbd ends when we hang up, or die: it serves
 one client (no --persistent). Between its start and our connection it is the kernel that ends it
-with us (setpriv --pdeathsig). A backing file's name is stored as given: a relative one is relative
-to the folder of PATH.
+with us (setpriv --pdeathsig), and qemu-img at any time. A backing file's name is stored as given: a
+relative one is relative to the folder of PATH.
 
 Compressed clusters are written whole, and once (QEMU's filter ``compress``; its block size is the
 cluster). One that an earlier pull may have begun can't be written again so: what --resume adds is
@@ -39,6 +39,8 @@ CLUSTER = 64 << 10
 START_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 300.0
 """Seconds that qemu-nbd may take to write out what it holds when we hang up."""
+SAID_MAX = 500
+"""Bytes of qemu-nbd's messages that an error shows, the last ones."""
 LOOK_S = 0.01
 """Seconds between two looks for qemu-nbd's pid file, which comes once it listens."""
 
@@ -114,18 +116,23 @@ class Qcow2Target:
 
 
 class _Child:
-    """A qemu-nbd, and the private folder where its socket and its messages are."""
+    """A qemu-nbd, the private folder where its socket is at first, and its messages."""
 
-    def __init__(self, process: asyncio.subprocess.Process, folder: str) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, folder: str, log: BinaryIO) -> None:
         self.process = process
         self._folder = folder
+        self._log = log
         self._said = ""
+        """Once the log is closed."""
 
     def said(self) -> str:
         """What it has said on standard error; one line."""
-        with suppress(OSError), open(os.path.join(self._folder, "stderr"), errors="replace") as log:
-            self._said = " ".join(log.read().split())[-500:]
-        return self._said
+        if self._log.closed:
+            return self._said
+        length = os.fstat(self._log.fileno()).st_size
+        # Not where we are in it: that is where it writes.
+        text = os.pread(self._log.fileno(), SAID_MAX, max(0, length - SAID_MAX))
+        return " ".join(text.decode(errors="replace").split())
 
     def blamed(self, name: str) -> _Blame:
         """Errors inside are told with what it said."""
@@ -141,8 +148,7 @@ class _Child:
             raise OSError(
                 errno.ETIMEDOUT, f"qemu-nbd has not ended within {END_TIMEOUT_S:g} s", name
             ) from None
-        said = self.said()
-        self._remove()
+        said = self._ended()
         if status != 0:
             raise OSError(errno.EIO, f"qemu-nbd ended with status {status}: {said}", name)
 
@@ -151,15 +157,16 @@ class _Child:
         with suppress(ProcessLookupError):
             self.process.kill()
         await self.process.wait()
-        self.said()
-        self._remove()
+        self._ended()
 
-    def forget_socket(self) -> None:
-        """Nobody else is to come."""
-        with suppress(OSError):
-            os.unlink(os.path.join(self._folder, "sock"))
+    def _ended(self) -> str:
+        self._said = self.said()
+        self._log.close()
+        self.forget_folder()
+        return self._said
 
-    def _remove(self) -> None:
+    def forget_folder(self) -> None:
+        """Nobody else is to come, and a kill leaves nothing there."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -239,8 +246,15 @@ async def _create(path: str, part: str, size: int, backing: Backing | None) -> N
         raise
 
 
+def _with_us() -> Sequence[str]:
+    """What a command begins with that the kernel is to end when we die."""
+    found = shutil.which("setpriv") is not None
+    return ("setpriv", "--pdeathsig", "KILL", "--") if found else ()
+
+
 async def _run(path: str, *command: str, good: Sequence[int] = (0,)) -> None:
     process = await asyncio.create_subprocess_exec(
+        *_with_us(),
         *command,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
@@ -269,7 +283,7 @@ async def _serve(path: str, part: str, *, compress: bool) -> tuple[NbdTarget, _C
         await _wait_until_it_listens(child, os.path.join(folder, "pid"), path)
         with child.blamed(path):
             client = await NbdClient.open(f"nbd+unix:///?socket={quote(sock)}", retries=0)
-        child.forget_socket()
+        child.forget_folder()
         return NbdTarget(path, client), child
     except BaseException:
         await child.kill()
@@ -286,13 +300,14 @@ async def _start(folder: str, part: str, *, compress: bool) -> _Child:
         f"{image}file.filename": part.replace(",", ",,"),
     }
     command = [
-        *("setpriv", "--pdeathsig", "KILL", "--") * (shutil.which("setpriv") is not None),
+        *_with_us(),
         *("qemu-nbd", "--cache=writeback", "--discard=unmap", "--export-name="),
         *("--socket", os.path.join(folder, "sock"), "--pid-file", os.path.join(folder, "pid")),
         "--image-opts",
         ",".join(f"{key}={value}" for key, value in options.items()),
     ]
-    with _open_log(folder) as log:
+    log = _open_log()
+    try:
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
@@ -301,15 +316,18 @@ async def _start(folder: str, part: str, *, compress: bool) -> _Child:
             # A signal for the pull (Ctrl-C) is not one for it: it has something to write out.
             start_new_session=True,
         )
-    return _Child(process, folder)
+    except BaseException:
+        log.close()
+        raise
+    return _Child(process, folder, log)
 
 
 def _is_there(path: str) -> bool:
     return os.path.exists(path)
 
 
-def _open_log(folder: str) -> BinaryIO:
-    return open(os.path.join(folder, "stderr"), "wb")
+def _open_log() -> BinaryIO:
+    return tempfile.TemporaryFile()
 
 
 async def _wait_until_it_listens(child: _Child, pid_file: str, path: str) -> None:

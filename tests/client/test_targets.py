@@ -216,7 +216,10 @@ def test_what_was_flushed_outlives_a_kill_and_nobody_is_left_behind(
 ) -> None:
     path = tmp_path / "target"
     words = [sys.executable, "-c", CHILD, text.format(path), str(SIZE)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "flushed\n"
         helpers = _children(child.pid)
@@ -224,6 +227,7 @@ def test_what_was_flushed_outlives_a_kill_and_nobody_is_left_behind(
     assert bool(helpers) is text.startswith("qcow2")
     for helper in helpers:
         _wait_for_end(helper)
+    assert _names(temporary) == set()
 
     async def resumed() -> bytes:
         target = await open_target(text.format(path), SIZE, force=False, resume=True)
