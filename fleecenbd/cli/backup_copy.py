@@ -12,6 +12,7 @@ from fleecenbd.cli import logs
 from fleecenbd.cli.backup_view import BackupView
 from fleecenbd.cli.backup_work import Work
 from fleecenbd.client.changed import changed_bits
+from fleecenbd.client.endpoints import check_session
 from fleecenbd.client.events import Done, Event, Start
 from fleecenbd.client.journal import session_of
 from fleecenbd.client.options import Backing, PullOptions, find_places
@@ -46,6 +47,7 @@ class PullDisk:
         destination = work.destination
         options = PullOptions(
             source=work.uri,
+            session_id=work.session_id,
             target=destination.target,
             force=self._ask.force and destination.staged is None,
             bitmap=work.answer["bitmap"]["name"] if work.dirty_only else None,
@@ -77,6 +79,7 @@ class PullDisk:
             tell=logs.report,
         )
         try:
+            check_session(source, work.session_id)
             return await changed_bits(source, own["name"], own["granularity"])
         finally:
             with suppress(OSError):

@@ -208,6 +208,15 @@ def pull(
             help="Leave nothing behind where it fails or is cancelled: its session ends with it.",
         ),
     ] = False,
+    session_id: Annotated[
+        str | None,
+        typer.Option(
+            "--session-id",
+            metavar="UUID",
+            hidden=True,
+            help="The only session that will do: a name is another one's once its own is over.",
+        ),
+    ] = None,
     commands: Annotated[
         bool,
         typer.Option(
@@ -240,6 +249,7 @@ def pull(
         target=target,
         force=force,
         resume=resume,
+        session_id=session_id,
         trim=not no_trim,
         read_once=read_once,
         bitmap=bitmap,

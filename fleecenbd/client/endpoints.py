@@ -7,6 +7,7 @@ time, and end in any order; calls that overlap are the caller's business. Extent
 
 from __future__ import annotations
 
+import errno
 from typing import Protocol
 
 from fleecenbd.storage.device import Buffer, Data, Extent
@@ -108,3 +109,14 @@ class Target(Protocol):
 
     async def discard(self) -> None:
         """Close, and remove what this pull has made."""
+
+
+def check_session(source: Source, session_id: str) -> None:
+    """A name is another session's once its own is over. Raises SourceLost."""
+    if source.session_id != session_id:
+        raise SourceLost(
+            errno.ESTALE,
+            f"session {source.session_id or 'none'} answers there, and not {session_id}: that one "
+            "is over, or another server has taken its server's place",
+            source.name,
+        )

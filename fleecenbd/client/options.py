@@ -43,6 +43,8 @@ class PullOptions:
     """Write over what is there; with ``resume``: believe that a source without a session id is
     the same one."""
     resume: bool = False
+    session_id: str | None = None
+    """The only session that will do; None: any, or none."""
     trim: bool = True
     read_once: bool = False
     bitmap: str | None = None

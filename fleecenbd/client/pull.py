@@ -20,7 +20,7 @@ from fleecenbd.client.block_io import READ_LENGTH_MAX
 from fleecenbd.client.checksums import BLOCK_SIZE, Checksums
 from fleecenbd.client.controls import Controls
 from fleecenbd.client.copy_loop import BATCH_LENGTH, IN_FLIGHT_LENGTH_MAX, CopyLoop
-from fleecenbd.client.endpoints import Source, Target
+from fleecenbd.client.endpoints import Source, Target, check_session
 from fleecenbd.client.events import Checksum, Done, Event, Failed, Note, OnEvent, Start
 from fleecenbd.client.journal import COMPLETE, COMPLETING, Header, Journal
 from fleecenbd.client.journal_file import DurableFile
@@ -153,6 +153,8 @@ class _Pull:
             tell=self._note,
         )
         try:
+            if options.session_id is not None:
+                check_session(source, options.session_id)
             file = leftovers.open_journal(self._places.journal)
             try:
                 return await self._with_journal(source, file)

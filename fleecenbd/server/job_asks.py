@@ -71,9 +71,9 @@ class JobAsk:
             known = ", ".join(checksum_algorithms())
             raise _wrong(f"checksum is one of {known}, not {self.checksum!r}")
 
-    def arguments(self, uri: str) -> list[str]:
-        """The arguments of ``fleecenbd pull``."""
-        words = ["--progress", "json", "--commands"]
+    def arguments(self, uri: str, session_id: str) -> list[str]:
+        """The arguments of ``fleecenbd pull``, of that session alone."""
+        words = ["--progress", "json", "--commands", f"--session-id={session_id}"]
         flags = (
             ("--force", self.force),
             ("--resume", self.resume),

@@ -99,7 +99,7 @@ class Jobs:
         job.process = JobProcess(job.name, lambda line: self._heard(job, line))
         self._jobs[job.id] = job
         self._finishing.job_starts(session, finish=ask.finish)
-        command = [*self._program, *ask.arguments(uri)]
+        command = [*self._program, *ask.arguments(uri, session.id)]
         job.task = asyncio.get_running_loop().create_task(self._run(job, command), name=job.name)
         logger.info("%s: begun, to %s", job.name, ask.target)
         self._tell(events.JOB_STARTED, job)

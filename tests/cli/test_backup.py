@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -16,7 +17,11 @@ from typing import Any
 
 import pytest
 
+from fleecenbd.cli.backup_copy import PullAsk, PullDisk
 from fleecenbd.cli.backup_owner import Owner
+from fleecenbd.cli.backup_pairs import Pair, Pairs
+from fleecenbd.cli.backup_view import BackupView
+from fleecenbd.cli.backup_work import Work
 from fleecenbd.cli.main import run
 from tests.controlling import Control
 from tests.disks import KIB, MIB, copy_disk, first_difference, make_disk
@@ -412,6 +417,24 @@ def test_somebody_else_s_session_is_left_alone(backups: Backups, tmp_path: Path)
         assert "another backup is at work" in told
     assert "left by a run that was killed" in backups.backup("vda", tmp_path / "v.raw")[1]
     assert _names(tmp_path) == ["v.raw", "v.raw.backup.json"]
+
+
+def test_another_session_of_the_name_is_not_copied_for_the_one_that_is_gone(
+    backups: Backups, tmp_path: Path
+) -> None:
+    session = backups.control.call("PUT", "sessions/backup", bitmap="e1", bitmap_mode="new")
+    (answer,) = (disk for disk in session["disks"] if disk["disk"] == "vda")
+    destination = Pairs([Pair("vda", str(tmp_path / "vda.raw"))]).destination("vda", None)
+    gone = "11111111-2222-3333-4444-555555555555"
+    work = Work("backup", gone, answer, destination)
+    copy = PullDisk(PullAsk({"retries": 0}), BackupView("none", None))
+    try:
+        with pytest.raises(OSError, match=f"session {session['id']} answers there, and not {gone}"):
+            asyncio.run(copy(work))  # type: ignore[arg-type]
+        assert backups.last()["disks"][0]["released"] == 0
+        assert _names(tmp_path) == []
+    finally:
+        backups.control.call("DELETE", "sessions/backup")
 
 
 def test_a_full_target_and_a_broken_session_leave_nothing_and_say_why(

@@ -85,10 +85,11 @@ def test_a_pull_understands_what_a_job_asks_of_it(
         **{"connections": 2, "requests": 8, "retries": 0, "journal": "/j"},
     )
     for ask in (everything, JobAsk("n", "vda", "/t"), JobAsk("n", "vda", "/t", read_once=True)):
-        assert run(["pull", *ask.arguments("nbd://h/x")]) == 0
+        assert run(["pull", *ask.arguments("nbd://h/x", "1-2")]) == 0
         options = asked.pop()
         assert (options.source, options.target) == ("nbd://h/x", ask.target)
         assert options.keep is not ask.finish
+        assert options.session_id == "1-2"
         left_out = {"session", "disk", "target", "finish"}
         for name in {field.name for field in dataclasses.fields(ask)} - left_out:
             if (value := getattr(ask, name)) is not None:

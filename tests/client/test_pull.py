@@ -263,6 +263,14 @@ async def test_what_could_not_be_opened_over_a_pull_leaves_it_as_it_was(pulling:
     assert pulling.path.read_bytes() == source.content
 
 
+async def test_who_wants_one_session_gets_no_other(pulling: Pulling) -> None:
+    error = await pulling.fails(session_id="id-0")
+    assert "session id-1 answers there, and not id-0" in error
+    assert pulling.source.trims == []
+    assert pulling.left() == set()
+    assert (await pulling(session_id="id-1")).durable == pulling.source.size
+
+
 async def test_resume_refuses_another_session(pulling: Pulling) -> None:
     await _fail_half_way(pulling)
     pulling.source.session_id = "id-2"

@@ -34,7 +34,7 @@ async def test_the_child_is_a_pull_over_the_server_s_own_socket() -> None:
         job = await play.start()
         child = await play.child()
         assert child.about["argv"] == [
-            *("--progress", "json", "--commands"),
+            *("--progress", "json", "--commands", f"--session-id={job['session_id']}"),
             *("--", "nbd+unix:///vda@n?socket=/s", TARGET),
         ]
         await child.begins(job["session_id"])
@@ -61,17 +61,18 @@ def test_every_option_is_handed_on() -> None:
         journal="/j",
     )
     ask.check()
-    assert ask.arguments("nbd://h/x") == [
-        *("--progress", "json", "--commands", "--force", "--resume", "--no-trim", "--verify"),
-        *("--compress", "--checksum=sha256", "--bitmap=chain", "--rate=1000", "--connections=2"),
+    assert ask.arguments("nbd://h/x", "1-2") == [
+        *("--progress", "json", "--commands", "--session-id=1-2"),
+        *("--force", "--resume", "--no-trim", "--verify", "--compress"),
+        *("--checksum=sha256", "--bitmap=chain", "--rate=1000", "--connections=2"),
         *("--requests=8", "--retries=0", "--journal=/j", "--", "nbd://h/x", "qcow2:/t"),
     ]
     once = JobAsk("n", "vda", "/t", read_once=True)
     once.check()
-    assert "--read-once" in once.arguments("nbd://h/x")
-    assert "--no-keep" not in once.arguments("nbd://h/x")
+    assert "--read-once" in once.arguments("nbd://h/x", "1-2")
+    assert "--no-keep" not in once.arguments("nbd://h/x", "1-2")
     last = JobAsk("n", "vda", "/t", finish=True)
-    assert "--no-keep" in last.arguments("nbd://h/x"), "no session is left to go on with"
+    assert "--no-keep" in last.arguments("nbd://h/x", "1-2"), "no session is left to go on with"
 
 
 async def test_a_child_has_pipes_and_nothing_else_of_the_server(
