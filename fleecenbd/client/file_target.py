@@ -37,12 +37,21 @@ class FileTarget:
     requests = REQUESTS
     write_unit = 1
 
-    def __init__(self, name: str, descriptor: int, *, part: str | None, is_zero: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        descriptor: int,
+        *,
+        part: str | None,
+        is_zero: bool,
+        force: bool,
+    ) -> None:
         self.name = name
         self.is_zero = is_zero
         self._descriptor = descriptor
         self._part = part
         """Its name until it is complete; None: it has no other."""
+        self._force = force
         self._space = Space(descriptor, part or name)
         self._pool = ThreadPool(name, "target", size_max=REQUESTS)
 
@@ -84,8 +93,7 @@ class FileTarget:
         except OSError as error:
             raise named_error(error, self.name) from None
         if self._part is not None:
-            os.rename(self._part, self.name)
-            sync_folder(self.name)
+            give_name(self._part, self.name, force=self._force)
 
     async def keep(self) -> None:
         """Close it."""
@@ -164,6 +172,18 @@ def _check_unused(descriptor: int, path: str) -> None:
         # A file system that can't lock can't tell.
 
 
+def give_name(part: str, path: str, *, force: bool) -> None:
+    """PATH.part is complete: let it be PATH, durably. Raises OSError."""
+    if not force and os.path.lexists(path):
+        raise FileExistsError(
+            errno.EEXIST,
+            "has come to be there meanwhile; move it away and resume, or resume with --force",
+            path,
+        )
+    os.rename(part, path)
+    sync_folder(path)
+
+
 def make_part(path: str, *, force: bool) -> int:
     """Make PATH.part anew, empty; its descriptor."""
     part = f"{path}{PART_SUFFIX}"
@@ -197,7 +217,7 @@ def open_file(path: str, size: int, *, force: bool, resume: bool) -> FileTarget:
                 path,
             ) from None
         raise
-    return FileTarget(path, descriptor, part=part, is_zero=not resume)
+    return FileTarget(path, descriptor, part=part, is_zero=not resume, force=force)
 
 
 def open_block_device(path: str, size: int, *, force: bool, resume: bool) -> FileTarget:
@@ -220,7 +240,7 @@ def open_block_device(path: str, size: int, *, force: bool, resume: bool) -> Fil
     except BaseException:
         os.close(descriptor)
         raise
-    return FileTarget(path, descriptor, part=None, is_zero=False)
+    return FileTarget(path, descriptor, part=None, is_zero=False, force=force)
 
 
 def _holds_something(descriptor: int, size: int, path: str) -> bool:

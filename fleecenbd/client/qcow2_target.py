@@ -25,7 +25,7 @@ from contextlib import suppress
 from typing import BinaryIO
 from urllib.parse import quote
 
-from fleecenbd.client.file_target import check_file
+from fleecenbd.client.file_target import check_file, give_name
 from fleecenbd.client.journal_file import sync_folder
 from fleecenbd.client.nbd_target import NbdTarget
 from fleecenbd.client.options import PART_SUFFIX, Backing
@@ -49,9 +49,17 @@ class Qcow2Target:
     """endpoints.Target: an NbdTarget, and the process and the file behind it."""
 
     def __init__(
-        self, path: str, nbd: NbdTarget, child: _Child, *, is_zero: bool, shrinks_to: int | None
+        self,
+        path: str,
+        nbd: NbdTarget,
+        child: _Child,
+        *,
+        is_zero: bool,
+        shrinks_to: int | None,
+        force: bool,
     ) -> None:
         self.name = path
+        self._force = force
         self._shrinks_to = shrinks_to
         """Bytes; None: it has its size."""
         self.is_zero = is_zero
@@ -96,8 +104,7 @@ class Qcow2Target:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.rename(self._part, self.name)
-        sync_folder(self.name)
+        give_name(self._part, self.name, force=self._force)
 
     async def keep(self) -> None:
         """End qemu-nbd."""
@@ -229,6 +236,7 @@ async def open_qcow2(
         nbd,
         child,
         is_zero=backing is None and not resume,
+        force=force,
         # One that is resumed may have been begun compressed.
         shrinks_to=whole if (compress or resume) and whole != rounded else None,
     )

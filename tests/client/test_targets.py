@@ -184,6 +184,20 @@ async def test_what_another_pull_has_left_is_not_taken_for_ours(kind: Kind) -> N
         await kind.open(resume=True)
 
 
+@pytest.mark.parametrize("kind", RENAMED, indirect=True)
+async def test_what_has_come_meanwhile_is_replaced_only_when_told_to(kind: Kind) -> None:
+    target = await kind.open()
+    assert kind.path is not None
+    kind.path.write_text("somebody else's")
+    with pytest.raises(FileExistsError, match="has come to be there meanwhile"):
+        await target.complete()
+    await target.keep()
+    assert kind.path.read_text() == "somebody else's"
+    target = await kind.open(resume=True, force=True)
+    await target.complete()
+    assert kind.path.stat().st_size > 100
+
+
 async def test_a_fresh_file_is_sparse_and_known_to_be_zero(tmp_path: Path) -> None:
     target = await open_target(str(tmp_path / "t"), 1 << 40, force=False, resume=False)
     assert target.is_zero
