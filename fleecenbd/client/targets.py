@@ -66,7 +66,17 @@ async def open_target(
         raise OSError(errno.EINVAL, "is no qcow2: target, and only these have that", text)
     path = text.removeprefix(_RAW)
     opened = open_block_device if _is_block_device(path) else open_file
-    return await asyncio.to_thread(opened, path, size, force=force, resume=resume)
+    call = asyncio.to_thread(opened, path, size, force=force, resume=resume)
+    opening = asyncio.ensure_future(call)
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        # The thread goes on: what it makes is not to stay behind.
+        await asyncio.wait({opening})
+        if opening.exception() is None:
+            target = opening.result()
+            await (target.keep() if resume else target.discard())
+        raise
 
 
 def _is_block_device(path: str) -> bool:

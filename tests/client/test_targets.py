@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 
 import pytest
 
+from fleecenbd.client import targets
 from fleecenbd.client.endpoints import Target, TargetLost
+from fleecenbd.client.file_target import open_file
 from fleecenbd.client.options import Backing
 from fleecenbd.client.targets import open_target
 from tests.serving import serving
@@ -196,6 +199,46 @@ async def test_what_has_come_meanwhile_is_replaced_only_when_told_to(kind: Kind)
     target = await kind.open(resume=True, force=True)
     await target.complete()
     assert kind.path.stat().st_size > 100
+
+
+async def test_who_is_cancelled_while_it_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    arrived, go_on, ended = asyncio.Event(), threading.Event(), asyncio.Event()
+
+    def slow(*words: Any, **named: Any) -> Target:
+        loop.call_soon_threadsafe(arrived.set)
+        assert go_on.wait(30)
+        try:
+            return open_file(*words, **named)
+        finally:
+            loop.call_soon_threadsafe(ended.set)
+
+    monkeypatch.setattr(targets, "open_file", slow)
+    for resume in (False, True):
+        if resume:
+            await open_file(str(tmp_path / "t"), SIZE, force=False, resume=False).keep()
+        for event in (arrived, go_on, ended):
+            event.clear()
+        opening = asyncio.create_task(
+            open_target(str(tmp_path / "t"), SIZE, force=False, resume=resume)
+        )
+        await arrived.wait()
+        opening.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        await ended.wait()
+        assert not any(str(tmp_path) in name for name in _open_files())
+        assert _names(tmp_path) == ({"t.part"} if resume else set())
+
+
+def _open_files() -> Iterator[str]:
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            yield os.readlink(link)
 
 
 async def test_a_fresh_file_is_sparse_and_known_to_be_zero(tmp_path: Path) -> None:
