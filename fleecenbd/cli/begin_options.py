@@ -55,6 +55,7 @@ def begin_body(
     freeze_cmd: str | None,
     thaw_cmd: str | None,
     hook_timeout: str | None,
+    read_once: bool = False,
 ) -> dict[str, Any]:
     """Fields of the body of ``PUT /v1/sessions/NAME``. Raises UsageError."""
     options = choose_session_options(
@@ -68,6 +69,7 @@ def begin_body(
         "cbw_timeout": options.cbw_timeout_s,
         "temp_limit": options.temp_limit,
         "cluster_size": options.cluster_size,
+        "read_once": read_once,
     }
     for key, text in (("ttl", ttl), ("idle_ttl", idle_ttl), ("hook_timeout", hook_timeout)):
         if text is not None:

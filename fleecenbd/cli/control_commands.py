@@ -107,6 +107,15 @@ def begin(
             "changed, and record on. Default: use-or-new.",
         ),
     ] = None,
+    read_once: Annotated[
+        bool,
+        typer.Option(
+            "--read-once",
+            help="Release what was read, as soon as the client's kernel has it, in whole clusters: "
+            "for nbdcopy and others that send no TRIM. What is read twice is refused, so nothing "
+            "may probe first, or retry. DISK@SESSION+once is the same, for one client.",
+        ),
+    ] = False,
     owner: Annotated[
         str | None,
         typer.Option(
@@ -143,6 +152,7 @@ def begin(
             freeze_cmd=freeze_cmd,
             thaw_cmd=thaw_cmd,
             hook_timeout=hook_timeout,
+            read_once=read_once,
         ),
         "disks": disk or None,
         "owner": owner,

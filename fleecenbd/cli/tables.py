@@ -140,6 +140,8 @@ def session_details(session: Mapping[str, Any]) -> Sequence[RenderableType]:
     if session["finished_at"] is not None:
         facts.add_row("finished", moment(session["finished_at"]))
     facts.add_row("pause", f"{session['pause_ms']:.1f} ms")
+    if session["read_once"]:
+        facts.add_row("read once", "what was read is released")
     facts.add_row("cbw timeout", f"{session['cbw_timeout']:g} s")
     for name in ("ttl", "idle_ttl"):
         if session[name] is not None:

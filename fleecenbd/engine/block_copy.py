@@ -59,6 +59,8 @@ class BlockCopy:
         self._queued: deque[Copy] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._releases: set[asyncio.Task[None]] = set()
+        self._told = False
+        """That temp space could not be freed."""
 
     # -- claim and run ---------------------------------------------------------------------
 
@@ -320,6 +322,18 @@ class BlockCopy:
         error when a break or ``finish`` overtook it.
         """
         state = self._state
+        request = self.release_later(first, end)
+        while not request.ended and not state.dead:
+            await state.trims.wait(first, end)
+        if state.dead:
+            raise state.death()
+        if request.error is not None:
+            raise request.error
+
+    def release_later(self, first: int, end: int, *, untold: bool = False) -> Release:
+        """Release the clusters in this step; their space is freed by itself. The session must be
+        alive. ``untold``: nobody looks at ``Release.error``, so the log tells of the first."""
+        state = self._state
         state.stats.guest_released_by_trim += state.release(first, end)
         # No new temp call can begin here: each needs access. So it is enough to wait for these.
         in_flight: list[RangeRequest] = [
@@ -327,7 +341,7 @@ class BlockCopy:
             *state.temp_reads.overlapping(first, end),
             *state.releases.overlapping(first, end),
         ]
-        request = Release(first, end)
+        request = Release(first, end, untold=untold)
         state.releases.add(request)
         # The rest happens even if the client has gone, so it is not the client's task that does it.
         task = asyncio.get_running_loop().create_task(
@@ -335,12 +349,7 @@ class BlockCopy:
         )
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
-        while not request.ended and not state.dead:
-            await state.trims.wait(first, end)
-        if state.dead:
-            raise state.death()
-        if request.error is not None:
-            raise request.error
+        return request
 
     async def _free(self, request: Release, in_flight: list[RangeRequest]) -> None:
         """Wait for the temp calls in flight, and punch what may hold space."""
@@ -361,6 +370,9 @@ class BlockCopy:
             request.error = OSError(
                 errno.EIO, f"{state.name}: temp space could not be freed: {error.strerror}"
             )
+            if request.untold and not self._told:
+                self._told = True
+                logger.warning("%s (clusters %d to %d)", request.error.strerror, first, end - 1)
         finally:
             state.releases.remove(request)
             state.trims.wake(first, end)

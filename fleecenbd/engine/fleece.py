@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class Fleece:
     """One disk within one session; its fleecing export is called ``name`` (DISK@SESSION).
 
-    ``read_now``, ``read``, ``trim_now``, ``trim``, ``status``, ``access_status`` and
-    ``dirty_status`` are those of SnapshotAccess; a guest's requests come in through
-    ``copy_before_write``.
+    ``read_now``, ``read``, ``trim_now``, ``trim``, ``release_read``, ``status``,
+    ``access_status`` and ``dirty_status`` are those of SnapshotAccess; a guest's requests come in
+    through ``copy_before_write``.
     """
 
     def __init__(self, disk: Disk, state: FleeceState, own: OwnBits | None = None) -> None:
@@ -50,6 +50,7 @@ class Fleece:
         self.read = self.snapshot_access.read
         self.trim_now = self.snapshot_access.trim_now
         self.trim = self.snapshot_access.trim
+        self.release_read = self.snapshot_access.release_read
         self.status = self.snapshot_access.status
         self.access_status = self.snapshot_access.access_status
         self.dirty_status = self.snapshot_access.dirty_status

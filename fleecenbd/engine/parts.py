@@ -47,3 +47,13 @@ class PartTable:
             return
         for cluster in [c for c in self._parts if first <= c < end]:
             del self._parts[cluster]
+
+
+def covered_whole(offset: int, length: int, size: int, shift: int) -> tuple[int, int]:
+    """The clusters ``[first, end)`` that one range covers whole; none where end <= first.
+
+    The last cluster of a disk of ``size`` bytes ends with the disk.
+    """
+    mask = (1 << shift) - 1
+    stop = offset + length
+    return (offset + mask) >> shift, (stop + mask if stop == size else stop) >> shift

@@ -35,13 +35,15 @@ class SessionOptions:
     """How a session behaves. Sizes in bytes, times in seconds.
 
     ``cbw_timeout_s`` 0: guest writes wait without end. ``temp_limit`` None: no limit.
-    ``cluster_size`` None: the smallest that keeps a bitmap small.
+    ``cluster_size`` None: the smallest that keeps a bitmap small. ``read_once``: every READ of its
+    exports releases what it covers whole (``Fleece.release_read``); who serves them sees to that.
     """
 
     on_cbw_error: str = BREAK_SNAPSHOT
     cbw_timeout_s: float = 20.0
     temp_limit: int | None = None
     cluster_size: int | None = None
+    read_once: bool = False
 
     def __post_init__(self) -> None:
         if self.on_cbw_error not in (BREAK_SNAPSHOT, BREAK_GUEST_WRITE):

@@ -1,4 +1,4 @@
-"""The backup's side of a fleece: read, block status, TRIM.
+"""The backup's side of a fleece: read, block status, TRIM, READ_ONCE.
 
 A read splits its range into runs. Each run begins in one step: look at ``access`` and ``done``,
 register (a frozen read of the active image, or a temp read), start the device call. Between that
@@ -30,7 +30,7 @@ from fleecenbd.engine.extents import (
     windowed_status,
 )
 from fleecenbd.engine.own_bits import OwnBits
-from fleecenbd.engine.parts import PartTable
+from fleecenbd.engine.parts import PartTable, covered_whole
 from fleecenbd.engine.reqlist import RangeRequest
 from fleecenbd.engine.state import FleeceState, FrozenRead
 from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO, Buffer, Extent
@@ -166,7 +166,8 @@ class SnapshotAccess:
                 "and only what has can be read"
             )
         else:
-            why = "was released by a TRIM and can no longer be read"
+            # Which of the two it was is not known any more after a restart.
+            why = "was released, by a TRIM or by being read once, and can no longer be read"
         return OSError(errno.EINVAL, f"{state.name}: offset {cluster << state.shift} {why}")
 
     # -- block status ----------------------------------------------------------------------
@@ -336,6 +337,25 @@ class SnapshotAccess:
             return
         self._count(first, end)
         await self._block_copy.release(first, end)
+
+    # -- READ_ONCE -------------------------------------------------------------------------
+
+    def release_read(self, offset: int, length: int) -> None:
+        """Release every cluster that this one READ covered whole: its reply was handed over.
+
+        Parts do not add up. Nobody waits for the space, which is freed as after a TRIM. A plain
+        call that does not raise; after the session's end it does nothing. (docs/semantics.md, 6.)
+        """
+        state = self._state
+        if state.dead:
+            return
+        first, end = covered_whole(offset, length, state.size, state.shift)
+        if first >= end:
+            return
+        state.stats.reads_once += 1
+        self._parts.forget(first, end)
+        if not self._block_copy.release_now(first, end):
+            self._block_copy.release_later(first, end, untold=True)
 
     def _count(self, first: int, end: int) -> None:
         state = self._state

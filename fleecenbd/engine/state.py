@@ -72,6 +72,8 @@ class FleeceStats:
     trims: int = 0
     trims_during_reads: int = 0
     """TRIMs that found a read of their range in flight."""
+    reads_once: int = 0
+    """READs that have released what they covered."""
     part_trims: int = 0
     """Clusters of which a TRIM covered a part only."""
     temp_clusters: int = 0
@@ -93,13 +95,15 @@ class Copy(RangeRequest):
 
 
 class Release(RangeRequest):
-    """A TRIM's range whose temp space is being freed. ``error`` is set when that failed."""
+    """A released range whose temp space is being freed. ``error`` is set when that failed."""
 
-    __slots__ = ("error",)
+    __slots__ = ("error", "untold")
 
-    def __init__(self, first: int, end: int) -> None:
+    def __init__(self, first: int, end: int, *, untold: bool = False) -> None:
         super().__init__(first, end)
         self.error: OSError | None = None
+        self.untold = untold
+        """Nobody waits for it: READ_ONCE."""
 
 
 class FrozenRead(RangeRequest):
@@ -203,7 +207,7 @@ class FleeceState:
     # -- the one release -------------------------------------------------------------------
 
     def release(self, first: int, end: int) -> int:
-        """Give up the clusters ``[first, end)``: used by TRIM, a break and ``finish``.
+        """Give up the clusters ``[first, end)``: used by TRIM, READ_ONCE, a break and ``finish``.
 
         Clears the bits and wakes every guest write that waits there; returns how many it woke.
         Temp space is the caller's business.

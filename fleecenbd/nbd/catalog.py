@@ -36,6 +36,8 @@ class ExportInfo:
     block_preferred: int
     block_maximum: int
     contexts: tuple[str, ...] = ()
+    read_once_context: str | None = None
+    """Who has selected this meta context may set FLEECENBD_CMD_FLAG_READ_ONCE; None: nobody."""
     can_write: bool = True
     """False: NBD_CMD_WRITE is refused, and its payload is not kept: a read-only disk, and what is
     not called read-only because clients do not TRIM what is."""
@@ -78,4 +80,5 @@ class Negotiated:
             context_ids=tuple(context_id for context_id, _ in self.contexts),
             block_minimum=self.info.block_minimum,
             can_write=self.info.can_write,
+            read_once=any(name == self.info.read_once_context for _, name in self.contexts),
         )

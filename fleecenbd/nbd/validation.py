@@ -27,6 +27,7 @@ from struct import unpack, unpack_from
 from typing import Final
 
 from fleecenbd.nbd.constants import (
+    FLEECENBD_CMD_FLAG_READ_ONCE,
     NBD_CMD_BLOCK_STATUS,
     NBD_CMD_CACHE,
     NBD_CMD_DISC,
@@ -99,7 +100,8 @@ class RequestRules:
     ``flags``: transmission flags of the export; ``size``: bytes; ``extended``, ``structured``:
     headers and replies that were agreed (extended implies structured); ``contexts``: whether
     any meta context was; ``context_ids``: which ids a payload filter may name;
-    ``block_minimum``: bytes, a power of two; ``can_write``: whether WRITE is ever served.
+    ``block_minimum``: bytes, a power of two; ``can_write``: whether WRITE is ever served;
+    ``read_once``: whether a READ may ask to be the last of its range (a private extension).
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class RequestRules:
         context_ids: Collection[int] = (),
         block_minimum: int = 1,
         can_write: bool = True,
+        read_once: bool = False,
     ) -> None:
         self._size = size
         self._can_write = can_write
@@ -125,7 +128,8 @@ class RequestRules:
         ]
 
         allowed = [NBD_CMD_FLAG_FUA if flags & NBD_FLAG_SEND_FUA else 0 for _ in _COMMANDS]
-        # FLEECENBD_CMD_FLAG_READ_ONCE will be allowed here once it can be agreed on.
+        if read_once:
+            allowed[NBD_CMD_READ] |= FLEECENBD_CMD_FLAG_READ_ONCE
         if structured or extended:
             allowed[NBD_CMD_READ] |= NBD_CMD_FLAG_DF
         allowed[NBD_CMD_WRITE_ZEROES] |= NBD_CMD_FLAG_NO_HOLE

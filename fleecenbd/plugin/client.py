@@ -26,7 +26,9 @@ from fleecenbd.nbd.constants import (
     NBD_CMD_READ,
     NBD_CMD_TRIM,
     NBD_CMD_WRITE,
+    NBD_REP_ERR_POLICY,
 )
+from fleecenbd.nbd.errors import NegotiationError
 from fleecenbd.nbd.transmission import Request
 from fleecenbd.nbd.validation import RequestRules
 from fleecenbd.server.clients import Clients
@@ -108,6 +110,12 @@ class PluginClient:
     async def _open(self, name: str) -> None:
         clients = self._clients
         export = clients.find_export(name, False)
+        if export.releases_reads:
+            raise NegotiationError(
+                NBD_REP_ERR_POLICY,
+                f"{name}: nbdkit tells nobody when a reply has left, so nothing can be released "
+                "by being read; leave out +once, and release by TRIM",
+            )
         deadline = self._loop.time() + PLACE_TIMEOUT_S
         while isinstance(export, GuestExport) and export.shared:
             here = [client for client in clients.of(export) if isinstance(client, PluginClient)]

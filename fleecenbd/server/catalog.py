@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from fleecenbd.nbd.constants import NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN
 from fleecenbd.nbd.errors import NegotiationError, shown_name
-from fleecenbd.server.exports import Export
+from fleecenbd.server.exports import READ_ONCE, Export, FleecingExport
 
 FINISHED_MAX = 20
 """Finished sessions that are remembered, for their reason."""
@@ -29,15 +29,21 @@ class Exports(dict[str, Export]):
         self._gone.append((frozenset(names), reason))
 
     def find(self, name: str, backup_only: bool) -> Export:
-        """The export for a client; ``backup_only``: of fleecing ones. Raises NegotiationError."""
+        """The export for a client; ``backup_only``: of fleecing ones. Raises NegotiationError.
+
+        DISK@SESSION+once is found, and not listed: a client that lists looks into what it finds.
+        """
         if name == "":
             if self.default is None:
                 raise NegotiationError(NBD_REP_ERR_POLICY, self._no_default(backup_only))
             name = self.default
-        export = self.get(name)
-        if export is None:
+        main = name.removesuffix(READ_ONCE)
+        export = self.get(main)
+        if isinstance(export, FleecingExport) and name != main:
+            return export.reading_once()
+        if export is None or name != main:
             for names, reason in reversed(self._gone):
-                if name in names:
+                if main in names:
                     raise NegotiationError(NBD_REP_ERR_UNKNOWN, f"{shown_name(name)}: {reason}")
             raise NegotiationError(
                 NBD_REP_ERR_UNKNOWN, f"there is no export called {shown_name(name)}"

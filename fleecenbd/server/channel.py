@@ -2,6 +2,7 @@
 
     send      replies of a pass, which cost nothing any more; only while not ``send_paused``
     answer    the reply of a request that was charged: sent, or kept while ``send_paused``
+    left      a call to be made once the kernel has all of a reply: READ_ONCE
     close     once everything has left, or ``linger_s`` later, whatever is left by then
 
 A charge is given back when its reply has left. A reply in a transport that is paused has not:
@@ -35,7 +36,10 @@ class Channel:
         self._linger_s = linger_s
         self._linger_timer: asyncio.TimerHandle | None = None
         self._discarded = False
-        self._unsent: deque[tuple[list[Buffer], int]] = deque()
+        self._unsent: deque[tuple[list[Buffer], int, Callable[[], None] | None]] = deque()
+        self._is_exact = False
+        self._leaving_calls: list[Callable[[], None]] = []
+        """To be made when these replies have left."""
         self._leaving = 0
         """Bytes charged for replies in a transport that is paused."""
         transport.set_write_buffer_limits(high=send_high_water)
@@ -49,22 +53,40 @@ class Channel:
         else:
             self._transport.writelines(buffers)
 
-    def answer(self, reply: list[Buffer], cost: int) -> None:
-        """Send a reply, now or when the transport takes more; ``give(cost)`` when it has left."""
+    def answer(
+        self, reply: list[Buffer], cost: int, left: Callable[[], None] | None = None
+    ) -> None:
+        """Send a reply, now or when the transport takes more; ``give(cost)`` when it has left.
+
+        ``left``: called once the kernel's socket has taken the whole of the reply, and never if
+        it did not. From the first such reply on the transport tells of every byte that it keeps:
+        it pauses whenever it holds any, and resumes when it holds none.
+        """
+        if left is not None and not self._is_exact:
+            self._is_exact = True
+            self._transport.set_write_buffer_limits(high=0)
         if self.send_paused:
-            self._unsent.append((reply, cost))
+            self._unsent.append((reply, cost, left))
             return
         self.send(reply)
         if self.send_paused:
             self._leaving += cost
+            if left is not None:
+                self._leaving_calls.append(left)
         else:
             self.give(cost)
+            # A write that failed has left nothing in the transport either.
+            if left is not None and not self._transport.is_closing():
+                left()
 
     def resume_sending(self) -> None:
         """The transport takes more."""
         self.send_paused = False
         leaving, self._leaving = self._leaving, 0
         self.give(leaving)
+        calls, self._leaving_calls = self._leaving_calls, []
+        for left in calls:
+            left()
         while self._unsent and not self.send_paused:
             self.answer(*self._unsent.popleft())
 
@@ -114,5 +136,6 @@ class Channel:
         if self._linger_timer is not None:
             self._linger_timer.cancel()
         leaving, self._leaving = self._leaving, 0
-        self.give(leaving + sum(cost for _, cost in self._unsent))
+        self.give(leaving + sum(cost for _, cost, _ in self._unsent))
         self._unsent.clear()
+        self._leaving_calls.clear()

@@ -141,8 +141,12 @@ class Clients:
         return self._guest_budget if export.is_guest else self._fleecing_budget
 
     def of(self, export: Export) -> list[Client]:
-        """The connections to an export, oldest first."""
-        return [connection for connection in self.connections if connection.export is export]
+        """The connections to an export, whichever way they took into it, oldest first."""
+        return [
+            connection
+            for connection in self.connections
+            if connection.export is not None and connection.export.main is export
+        ]
 
     # -- places ----------------------------------------------------------------------------
 

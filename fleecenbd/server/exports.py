@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Coroutine
+from copy import copy
+from dataclasses import replace
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from fleecenbd.engine.disk import Disk
@@ -36,6 +38,9 @@ ACCESS = "x-fleecenbd:access"
 DIRTY_BITMAP = "qemu:dirty-bitmap:"
 """and the bitmap's name: what changed since, for a session that reads no more than that."""
 
+READ_ONCE = "+once"
+"""What the name of an export ends with whose READs release. No other name has a plus sign."""
+
 BLOCK_PREFERRED = 64 << 10
 """Bytes."""
 
@@ -48,9 +53,16 @@ class Export(Protocol):
     """What a connection needs of an export."""
 
     is_guest: bool
+    main: Export
+    """Itself, or the export that it is another way into: whose clients these are."""
     info: ExportInfo
     read_now: ReadNow
     read: Read
+    releases_reads: bool
+    """Every READ is a READ_ONCE: what its reply held is released when that has left."""
+
+    def release_read(self, offset: int, length: int) -> None:
+        """The reply to this READ_ONCE was handed to the kernel, whole. A plain call, no error."""
 
     def write_now(self, offset: int, data: Data) -> bool:
         """Write in this step, or False."""
@@ -83,8 +95,10 @@ class GuestExport:
     """A disk for its guest."""
 
     is_guest = True
+    releases_reads = False
 
     def __init__(self, disk: Disk, *, read_only: bool, shared: int) -> None:
+        self.main: Export = self
         self.disk = disk
         self.shared = shared
         flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA | NBD_FLAG_SEND_CACHE
@@ -109,6 +123,9 @@ class GuestExport:
         self.read: Read = disk.read
         self.write_now = disk.write_now
         self.write = disk.write
+
+    def release_read(self, offset: int, length: int) -> None:
+        """Never called: RequestRules lets no READ_ONCE through."""
 
     def trim_now(self, offset: int, length: int) -> bool:
         """Never: fallocate can block."""
@@ -139,12 +156,17 @@ class GuestExport:
 
 
 class FleecingExport:
-    """A disk as of its session's arming. A TRIM releases; a WRITE is refused."""
+    """A disk as of its session's arming. A TRIM releases; a WRITE is refused.
+
+    ``releases_reads``: so does every READ, once its reply has left (docs/semantics.md, section 6).
+    """
 
     is_guest = False
 
-    def __init__(self, fleece: Fleece, *, description: str) -> None:
+    def __init__(self, fleece: Fleece, *, description: str, releases_reads: bool = False) -> None:
+        self.main: Export = self
         self.fleece = fleece
+        self.releases_reads = releases_reads
         contexts = [BASE_ALLOCATION, ACCESS]
         self._dirty: str | None = None
         if fleece.own is not None and fleece.own.dirty_only:
@@ -166,13 +188,26 @@ class FleecingExport:
             block_preferred=max(BLOCK_PREFERRED, fleece.cluster_size),
             block_maximum=PAYLOAD_ADVERTISED,
             contexts=tuple(contexts),
+            read_once_context=ACCESS,
             can_write=False,
         )
         self.read_now: ReadNow = fleece.read_now
         self.read: Read = fleece.read
         self.trim_now: Callable[[int, int], bool] = fleece.trim_now
         self.trim = fleece.trim
+        self.release_read = fleece.release_read
         self._used: Callable[[], None] | None = None
+
+    def reading_once(self) -> FleecingExport:
+        """Another way into the same: its READs release."""
+        export = copy(self)
+        export.releases_reads = True
+        export.info = replace(
+            self.info,
+            name=f"{self.info.name}{READ_ONCE}",
+            description=f"{self.info.description}; what is read is released",
+        )
+        return export
 
     def tell_use(self, used: Callable[[], None]) -> None:
         """Call ``used`` with each request from now on; before the first client comes only.

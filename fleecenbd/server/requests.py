@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fleecenbd.nbd.catalog import ReplyMode
 from fleecenbd.nbd.constants import (
     NBD_CMD_BLOCK_STATUS,
     NBD_CMD_FLAG_DF,
@@ -20,13 +21,31 @@ from fleecenbd.nbd.constants import (
 )
 from fleecenbd.nbd.errors import nbd_errno
 from fleecenbd.nbd.replies import Buffer, SimpleReplies, StructuredReplies
-from fleecenbd.nbd.transmission import Request
+from fleecenbd.nbd.transmission import ExtendedReplies, Request
 from fleecenbd.nbd.validation import block_status_filter
 from fleecenbd.server.exports import Export
 
 Replies = SimpleReplies | StructuredReplies
 Contexts = tuple[tuple[int, str], ...]
 """(id, name) of each meta context that the client selected."""
+
+REPLIES: dict[ReplyMode, type[SimpleReplies] | type[StructuredReplies]] = {
+    ReplyMode.SIMPLE: SimpleReplies,
+    ReplyMode.STRUCTURED: StructuredReplies,
+    ReplyMode.EXTENDED: ExtendedReplies,
+}
+
+
+class Pending:
+    """A request in flight in a task. Once ``answered``, what its task ends with is dropped."""
+
+    __slots__ = ("answered", "cost", "request")
+
+    def __init__(self, request: Request, cost: int) -> None:
+        self.request = request
+        self.cost = cost
+        """Bytes charged, as long as the channel has not taken them over."""
+        self.answered = False
 
 
 async def perform(

@@ -239,7 +239,9 @@ class Server:
         for fleece in session.fleeces:
             text = f"{fleece.disk.name} as of {moment}, session {session.name} {session.id}"
             export = FleecingExport(
-                fleece, description=text if fleece.broken is None else f"{text}, broken"
+                fleece,
+                description=text if fleece.broken is None else f"{text}, broken",
+                releases_reads=session.options.read_once,
             )
             self.exports[fleece.name] = export
             fleece.state.on_dead.append(partial(self._fleece_died, fleece, export))

@@ -20,10 +20,12 @@ import asyncio
 import errno
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 from fleecenbd.nbd.catalog import Negotiated, ReplyMode
 from fleecenbd.nbd.constants import (
+    FLEECENBD_CMD_FLAG_READ_ONCE,
     NBD_CMD_BLOCK_STATUS,
     NBD_CMD_CACHE,
     NBD_CMD_DISC,
@@ -37,37 +39,16 @@ from fleecenbd.nbd.constants import (
 from fleecenbd.nbd.errors import ProtocolError
 from fleecenbd.nbd.replies import Buffer
 from fleecenbd.nbd.transmission import (
-    ExtendedReplies,
     Request,
     RequestDecoder,
-    SimpleReplies,
-    StructuredReplies,
 )
 from fleecenbd.server.channel import Channel
 from fleecenbd.server.exports import Export
 from fleecenbd.server.failures import FailureLog
 from fleecenbd.server.limits import Budget, ServerLimits
-from fleecenbd.server.requests import failure, perform
+from fleecenbd.server.requests import REPLIES, Pending, failure, perform
 
 logger = logging.getLogger(__name__)
-
-_REPLIES: dict[ReplyMode, type[SimpleReplies] | type[StructuredReplies]] = {
-    ReplyMode.SIMPLE: SimpleReplies,
-    ReplyMode.STRUCTURED: StructuredReplies,
-    ReplyMode.EXTENDED: ExtendedReplies,
-}
-
-
-class _Pending:
-    """A request in flight in a task. Once ``answered``, what its task ends with is dropped."""
-
-    __slots__ = ("answered", "cost", "request")
-
-    def __init__(self, request: Request, cost: int) -> None:
-        self.request = request
-        self.cost = cost
-        """Bytes charged, as long as the channel has not taken them over."""
-        self.answered = False
 
 
 class Transmission:
@@ -100,12 +81,13 @@ class Transmission:
             extended=negotiated.reply_mode is ReplyMode.EXTENDED,
             keep_writes=negotiated.info.can_write,
         )
-        self._replies = _REPLIES[negotiated.reply_mode]()
+        self._replies = REPLIES[negotiated.reply_mode]()
+        self._releases_reads = self.export.releases_reads
         self._check = negotiated.request_rules().check
         self._contexts = negotiated.contexts
 
-        self._tasks: dict[asyncio.Task[None], _Pending] = {}
-        self._failed_early: dict[asyncio.Task[None], _Pending] = {}
+        self._tasks: dict[asyncio.Task[None], Pending] = {}
+        self._failed_early: dict[asyncio.Task[None], Pending] = {}
         """Answered by ``fail_pending``: they hold their memory, and nobody waits for them."""
         self._bytes = 0
         self._follower: asyncio.Task[None] | None = None
@@ -169,11 +151,13 @@ class Transmission:
             channel.pause_reading()
             return
         export = self.export
+        release_read = export.release_read
         replies = self._replies
         limits = self._limits
         next_request = self._decoder.next_request
         check = self._check
         has_room = self._budget.has_room
+        releases_reads = self._releases_reads
         out: list[Buffer] = []
         size = 0
         total = 0
@@ -208,9 +192,14 @@ class Transmission:
                     if command == NBD_CMD_READ:
                         data = export.read_now(offset, length)
                         if data is not None:
-                            out += replies.read(
+                            reply = replies.read(
                                 cookie, offset, data, dont_fragment=flags & NBD_CMD_FLAG_DF != 0
                             )
+                            if releases_reads or flags & FLEECENBD_CMD_FLAG_READ_ONCE:
+                                total += length
+                                channel.answer(reply, 0, partial(release_read, offset, length))
+                                continue
+                            out += reply
                             size += length
                             if size >= limits.send_high_water:
                                 total += size
@@ -255,7 +244,7 @@ class Transmission:
         if out:
             channel.send(out)
         if self.ending:
-            self._close_when_done()
+            self._close_soon()
         elif waits or channel.send_paused:
             channel.pause_reading()
         else:
@@ -281,24 +270,31 @@ class Transmission:
             cost = self._limits.status_bytes
         self._bytes += cost
         self._budget.take(cost)
-        pending = _Pending(request, cost)
+        pending = Pending(request, cost)
         task = self._loop.create_task(self._run(pending))
         self._tasks[task] = pending
         task.add_done_callback(self._ended)
 
-    async def _run(self, pending: _Pending) -> None:
+    async def _run(self, pending: Pending) -> None:
         """Perform the request and queue its reply, in the step in which it was performed."""
         request = pending.request
+        left: Callable[[], None] | None = None
         try:
             reply = await perform(self.export, self._replies, self._contexts, request)
         except OSError as error:
             reply = [self._failure(request, error)]
         except Exception:
             reply = [self._internal_error(request)]
+        else:
+            flags, command, _, offset, length, _ = request
+            if command == NBD_CMD_READ and (
+                self._releases_reads or flags & FLEECENBD_CMD_FLAG_READ_ONCE
+            ):
+                left = partial(self.export.release_read, offset, length)
         if not pending.answered:
             pending.answered = True
             cost, pending.cost = pending.cost, 0
-            self._channel.answer(reply, cost)
+            self._channel.answer(reply, cost, left)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         pending = self._tasks.pop(task, None)
@@ -332,9 +328,7 @@ class Transmission:
     def resume(self) -> None:
         """The client takes what it is sent again."""
         if self.ending:
-            # Not in this call: closed inside ``resume_writing``, asyncio's own transport reports
-            # its loss twice.
-            self._loop.call_soon(self._close_when_done)
+            self._close_soon()
         else:
             self.serve()
 
@@ -379,7 +373,13 @@ class Transmission:
 
     def _break_off(self, error: ProtocolError) -> None:
         logger.info("%s: dropped: broken protocol: %s", self._peer, error)
-        self.close()
+        self.ending = True
+        self._loop.call_soon(self.close)
+
+    def _close_soon(self) -> None:
+        """Not in this call: closed inside ``resume_writing``, asyncio's own transport reports its
+        loss twice."""
+        self._loop.call_soon(self._close_when_done)
 
     def _close_when_done(self) -> None:
         """Close once every request has been answered and every reply has left."""

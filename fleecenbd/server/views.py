@@ -154,6 +154,8 @@ class SessionView:
     on_cbw_error: str
     cbw_timeout: float
     temp_limit: int | None
+    read_once: bool
+    """Its exports release what they have handed over."""
     ttl: float | None
     ttl_left: float | None
     idle_ttl: float | None
@@ -335,6 +337,7 @@ def session_view(server: Server, session: Session, life: Life, uris: Uris) -> Se
         on_cbw_error=options.on_cbw_error,
         cbw_timeout=options.cbw_timeout_s,
         temp_limit=options.temp_limit,
+        read_once=options.read_once,
         ttl=life.ttl,
         ttl_left=life.ttl_left,
         idle_ttl=life.idle_ttl,

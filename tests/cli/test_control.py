@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import nbd
 import pytest
 
 from fleecenbd.cli import control_client, control_commands
@@ -143,6 +144,17 @@ def test_status_watch_shows_it_again_and_again_until_the_server_goes(
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         assert run(["status", "--watch", "--control", "f.sock.control"]) == 1
     assert len(looks) == 3
+
+
+def test_a_session_that_is_read_once_says_so(server: Serving, out: Out) -> None:
+    out("session", "begin", "o", "--read-once", "--disk", "vda", warns=True)
+    assert re.search(r"^read once +what was read is released", out("session", "show", "o"), re.M)
+    with connected(server.uri("vda@o")) as backup:
+        backup.pread(1 << 16, 0)
+        with pytest.raises(nbd.Error, match="Invalid argument"):
+            backup.pread(4096, 0)
+    out("session", "begin", "p", "--disk", "vda", warns=True)
+    assert "read once" not in out("session", "show", "p")
 
 
 def test_status_watch_is_not_cut_at_80_columns(server: Serving, out: Out) -> None:

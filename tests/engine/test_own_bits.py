@@ -612,7 +612,7 @@ async def test_what_cannot_be_read_says_whether_it_was_released_or_never_there()
     await night.write(1, 2)
     fleece = (await night.arm("use")).fleeces[0]
     await fleece.trim(CLUSTER, CLUSTER)
-    with pytest.raises(OSError, match=f"offset {CLUSTER} was released by a TRIM") as caught:
+    with pytest.raises(OSError, match=f"offset {CLUSTER} was released, by a TRIM") as caught:
         await fleece.read(CLUSTER, 2 * CLUSTER)
     assert caught.value.errno == errno.EINVAL
     with pytest.raises(

@@ -32,6 +32,7 @@ def rules(
     mode: str = wire.STRUCTURED,
     contexts: tuple[int, ...] = (1, 2),
     block_minimum: int = 1,
+    read_once: bool = False,
 ) -> RequestRules:
     return RequestRules(
         flags=flags,
@@ -41,6 +42,7 @@ def rules(
         contexts=bool(contexts),
         context_ids=contexts,
         block_minimum=block_minimum,
+        read_once=read_once,
     )
 
 
@@ -152,9 +154,12 @@ def test_fast_zero_that_was_not_advertised_is_einval() -> None:
     assert ask(without, wire.WRITE_ZEROES, flags=wire.NO_HOLE) == 0
 
 
-def test_bit_15_of_a_read_is_reserved() -> None:
+@pytest.mark.parametrize("command", [*DATA_COMMANDS, wire.FLUSH])
+def test_bit_15_is_a_reads_and_only_where_it_was_agreed_on(command: int) -> None:
     for mode in (wire.SIMPLE, wire.STRUCTURED, wire.EXTENDED):
-        assert ask(rules(mode=mode), wire.READ, flags=1 << 15) == EINVAL
+        assert ask(rules(mode=mode), command, flags=1 << 15) == EINVAL
+        agreed = ask(rules(mode=mode, read_once=True), command, flags=1 << 15)
+        assert agreed == (0 if command == wire.READ else EINVAL)
 
 
 @pytest.mark.parametrize("command", DATA_COMMANDS)

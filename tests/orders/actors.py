@@ -44,7 +44,7 @@ def may_begin(world: OrderWorld, actor: Actor) -> bool:
         return any(other.name == step.of and other.busy for other in world.actors)
     if step.kind == "finish":
         return step.of in world.sessions
-    if step.kind in ("read", "status", "release"):
+    if step.kind in ("read", "status", "release", "sent"):
         return world.watch(step) is not None
     return True
 
@@ -84,6 +84,8 @@ async def _request(world: OrderWorld, actor: Actor, step: Step) -> object:
         return await requests.client_read(world, watch, offset, length) is not None
     if step.kind == "status":
         return await requests.client_status(world, watch, offset, length)
+    if step.kind == "sent":
+        return actor.answers[-1] and requests.reply_left(world, watch, offset, length)
     assert step.kind == "release", f"no such step: {step.kind}"
     return await requests.client_trim(world, watch, offset, length)
 

@@ -117,6 +117,7 @@ def _watch(watch: FleeceWatch, world: OrderWorld) -> Any:
         hash(bytes(watch.asked)),
         bytes(watch.freed),
         watch.punch_failed,
+        watch.read_once,
         watch.dead_at,
         watch.installed_at,
         tuple(failures),

@@ -33,7 +33,7 @@ class Step:
             return f"{self.kind} {self.of}"
         if self.kind == "pause":
             return f"pause {self.first:g} s"
-        whose = f" of {self.of}" if self.kind in ("read", "status", "release") else ""
+        whose = f" of {self.of}" if self.kind in ("read", "status", "release", "sent") else ""
         return f"{self.kind} {self.first:g}+{self.count:g}{whose}"
 
 
@@ -75,6 +75,11 @@ def status(first: float, count: float = 1, of: str = "s") -> Step:
 def release(first: float, count: float = 1, of: str = "s") -> Step:
     """A TRIM of a fleecing export."""
     return Step("release", first, count, of)
+
+
+def sent(first: float, count: float = 1, of: str = "s") -> Step:
+    """The reply to the actor's READ, which is a READ_ONCE, has left; nothing if there was none."""
+    return Step("sent", first, count, of)
 
 
 def arm(of: str) -> Step:

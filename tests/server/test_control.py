@@ -101,6 +101,16 @@ async def test_the_same_owner_with_the_same_options_gets_the_same_session() -> N
         assert again["id"] != first["id"]
 
 
+async def test_reading_once_is_one_of_the_options() -> None:
+    async with controlled() as control:
+        body = {"owner": "cron", "read_once": True}
+        await control.put("sessions/n", body)
+        assert (await control.get("sessions/n"))["read_once"] is True
+        await control.put("sessions/n", body, status=200)
+        assert (await control.refused("PUT", "sessions/n", {"owner": "cron"}))[0] == 409
+        assert (await control.refused("PUT", "sessions/m", {"read_once": 1}))[0] == 422
+
+
 async def test_nobody_in_particular_begins_a_session_once() -> None:
     async with controlled() as control:
         await control.put("sessions/n")

@@ -1,4 +1,4 @@
-"""Who is in a simulated world: guests, pulls, trimmers, mappers, and the one who arms and ends.
+"""Who is in a simulated world: guests, backup clients, and the one who arms and ends.
 
 An actor draws from a generator of its own. It awaits its requests, or (a vanishing client) stops
 awaiting them: then they go on without it, as on a server whose client's connection broke.
@@ -127,6 +127,41 @@ async def trimmer(world: World, watch: FleeceWatch, plan: SessionPlan, number: i
             await asyncio.wait([task])
 
 
+async def reader_once(world: World, watch: FleeceWatch, plan: SessionPlan, number: int) -> None:
+    """A client whose READs release: in order or at random, some at a time, with replies that leave
+    late or, since it has vanished, never."""
+    rng = random.Random(f"reader once {world.plan.seed} {watch.name} {number}")
+    unit = 1 << watch.shift
+    step = unit * rng.choice((1, 1, 2, 5)) if rng.random() < 0.7 else rng.choice((512, unit + 512))
+    step = max(step, watch.size // 24)
+    ranges = [(at, min(step, watch.size - at)) for at in range(0, watch.size, step)]
+    if rng.random() < 0.4:
+        ranges = [draw_range(rng, watch.size, unit) for _ in range(rng.randrange(1, 10))]
+    depth = rng.choice((1, 2, 4))
+    slow_s = rng.choice((0.0, 0.002, 0.03))
+    lost = rng.choice((0.0, 0.0, 0.2))
+    reads: list[asyncio.Task[None]] = []
+
+    async def one(offset: int, length: int) -> None:
+        if await requests.client_read(world, watch, offset, length) is None:
+            return
+        if rng.random() < 0.5:
+            await asyncio.sleep(rng.random() * slow_s)
+        if rng.random() < lost:
+            world.met["replies that never left"] += 1
+        else:
+            requests.reply_left(world, watch, offset, length)
+
+    for offset, length in ranges:
+        if watch.dead or rng.random() < plan.vanish_chance:
+            return
+        reads.append(world.spawn(one(offset, length), f"reader once {watch.name} {number}"))
+        if len(reads) >= depth:
+            await asyncio.wait([reads.pop(0)])
+        if rng.random() < 0.5:
+            await asyncio.sleep(rng.random() * 0.05)
+
+
 async def mapper(world: World, watch: FleeceWatch, plan: SessionPlan, number: int) -> None:
     """Asks for block status, and reads what it was told is data."""
     rng = random.Random(f"mapper {world.plan.seed} {watch.name} {number}")
@@ -181,7 +216,12 @@ async def controller(world: World, plan: SessionPlan) -> None:
     watches = [world.checkers.by_temp[fleece.temp] for fleece in session.fleeces]
     for watch in watches:
         watch.session = session
-        for actor, count in ((pull, plan.pulls), (trimmer, plan.trimmers), (mapper, plan.mappers)):
+        for actor, count in (
+            (pull, plan.pulls),
+            (trimmer, plan.trimmers),
+            (mapper, plan.mappers),
+            (reader_once, plan.readers_once),
+        ):
             for number in range(count):
                 world.spawn(actor(world, watch, plan, number), f"{actor.__name__} {watch.name}")
     if plan.lives_s is None:

@@ -324,7 +324,7 @@ class Life(World):
         old = self.before.watches.get((session.id, disk.name))
         if old is not None:
             watch.asked, watch.freed = old.asked, old.freed
-            watch.punch_failed = old.punch_failed
+            watch.punch_failed, watch.read_once = old.punch_failed, old.read_once
             watch.access_seen = old.access_seen
             if old.fleece.finished:
                 # Finished, and the description did not say so yet: released in part or whole.
@@ -397,7 +397,11 @@ class Life(World):
         for fleece in session.fleeces:
             watch = self.checkers.by_temp[fleece.temp]
             plan = watch.plan
-            for actor, count in ((actors.pull, plan.pulls), (actors.trimmer, plan.trimmers)):
+            for actor, count in (
+                (actors.pull, plan.pulls),
+                (actors.trimmer, plan.trimmers),
+                (actors.reader_once, plan.readers_once),
+            ):
                 for number in range(count):
                     name = f"{actor.__name__} {watch.name}"
                     self.spawn(actor(self, watch, plan, number + 10 * self.number), name)

@@ -371,6 +371,8 @@ class Checkers:
         size = 1 << watch.shift
         charged = watch.state.charged.bits
         pending = any(client.watch is watch for client in self.world.clients_pending)
+        # With nobody who waits, only a call that never ends may keep the space.
+        pending = pending or (watch.read_once and bool(watch.temp.calls))
         for cluster in range(watch.clusters):
             held = watch.temp.holds(cluster * size, size)
             if held and not charged[cluster]:

@@ -55,6 +55,7 @@ class SessionPlan:
     trimmers: int
     mappers: int
     vanish_chance: float
+    readers_once: int = 0
 
 
 @dataclass(frozen=True)
@@ -231,4 +232,5 @@ def _session(
         trimmers=rng.choice((0, 1, 1, 2)) if kind != "races" else rng.choice((1, 2, 2, 3)),
         mappers=rng.choice((0, 1, 1)),
         vanish_chance=rng.choice((0.0, 0.0, 0.1)),
+        readers_once=rng.choice((0, 0, 0, 1, 2)),
     )

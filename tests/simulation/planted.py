@@ -285,9 +285,9 @@ RELEASING = (
         "a second TRIM of a range replies at once",
         "block_copy",
         (
-            "        state.stats.guest_released_by_trim += state.release(first, end)\n        #",
+            "        request = self.release_later(first, end)\n",
             "        if state.access.bits.find(1, first, end) < 0:\n            return\n"
-            "        state.stats.guest_released_by_trim += state.release(first, end)\n        #",
+            "        request = self.release_later(first, end)\n",
         ),
     ),
     _bug(
@@ -308,6 +308,45 @@ RELEASING = (
         "TRIM waits on though the session has ended",
         "block_copy",
         ("while not request.ended and not state.dead:", "while not request.ended:"),
+    ),
+    _bug(
+        "READ_ONCE releases clusters that it covered in part",
+        "parts",
+        (
+            "return (offset + mask) >> shift, (stop + mask if stop == size else stop) >> shift",
+            "return offset >> shift, (stop + mask) >> shift",
+        ),
+    ),
+    _bug(
+        "READ_ONCE never releases the short last cluster",
+        "parts",
+        ("(stop + mask if stop == size else stop) >> shift", "stop >> shift"),
+    ),
+    _bug(
+        "parts that were read once add up to whole clusters",
+        "snapshot_access",
+        (
+            "first, end = covered_whole(offset, length, state.size, state.shift)",
+            "first, end = self._covered(offset, offset + length)",
+        ),
+    ),
+    _bug(
+        "READ_ONCE does not free the space",
+        "snapshot_access",
+        (
+            "self._block_copy.release_later(first, end, untold=True)",
+            "state.release(first, end)",
+        ),
+    ),
+    _bug(
+        "READ_ONCE releases in a later step",
+        "snapshot_access",
+        (
+            "            self._block_copy.release_later(first, end, untold=True)\n",
+            "            import asyncio\n"
+            "            asyncio.get_running_loop().call_soon(\n"
+            "                self._block_copy.release_later, first, end\n            )\n",
+        ),
     ),
     _bug(
         "a release leaves done set",

@@ -307,6 +307,32 @@ async def client_trim(world: World, watch: FleeceWatch, offset: int, length: int
             violation(f"S: {request} was replied to, and cluster {cluster} holds space")
 
 
+def reply_left(world: World, watch: FleeceWatch, offset: int, length: int) -> None:
+    """The reply to a READ_ONCE was handed over: what it covered whole is released in this step,
+    and nothing else; parts do not add up."""
+    fleece = watch.fleece
+    if watch.dead:
+        fleece.release_read(offset, length)
+        return
+    size = 1 << watch.shift
+    first = -(-offset // size)
+    end = (offset + length) // size if offset + length < watch.size else watch.clusters
+    expected = fleece.access.bits.copy()
+    if first < end:
+        stop = min(end * size, watch.size)
+        watch.asked[first * size : stop] = b"\x01" * (stop - first * size)
+        expected[first:end] = 0
+        watch.read_once = True
+    world.met["READs that release"] += first < end
+    world.log(f"the reply to a READ_ONCE of {watch.name}, {offset}+{length}, has left")
+    fleece.release_read(offset, length)
+    if fleece.access.bits != expected:
+        world.checkers.violation(
+            f"S: {watch.name}: a READ_ONCE of {length} bytes at {offset} released something else "
+            f"than clusters {first} to {end}"
+        )
+
+
 async def client_status(world: World, watch: FleeceWatch, offset: int, length: int) -> None:
     """BLOCK_STATUS: base:allocation, and x-fleecenbd:access in the same step."""
     request = ClientRequest("status", watch, offset, length)

@@ -31,7 +31,9 @@ class FleeceWatch:
         self.access_seen = bitarray(fleece.access.bits)
         self.key: tuple[bytes, ...] = ()
         self.asked = bytearray(self.size)
-        """Per byte: a TRIM of it has been sent."""
+        """Per byte: a TRIM of it has been sent, or a READ_ONCE has released it."""
+        self.read_once = False
+        """Something was released that nobody waits for: its space is freed a little later."""
         self.freed = bytearray(self.clusters)
         """Per cluster: a TRIM of it has been acknowledged."""
         self.punch_failed = False

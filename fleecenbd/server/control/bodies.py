@@ -51,6 +51,13 @@ class BeginBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         Annotated[int, Meta(ge=CLUSTER_SIZE_MIN, le=CLUSTER_SIZE_MAX)] | None,
         Meta(description="a power of two; null: the smallest that keeps a bitmap small"),
     ] = None
+    read_once: Annotated[
+        bool,
+        Meta(
+            description="whatever its exports have handed over is released: each part of a disk "
+            "can be read once, in whole clusters; for clients that send no TRIM, and never retry"
+        ),
+    ] = False
     ttl: Annotated[
         TimeToLive | None, Meta(description="seconds from arming to its end, as failed")
     ] = None

@@ -117,6 +117,7 @@ class Calls:
                 cbw_timeout_s=body.cbw_timeout,
                 temp_limit=body.temp_limit,
                 cluster_size=body.cluster_size,
+                read_once=body.read_once,
             )
         except ValueError as error:
             raise CallError(422, f"the body is not as it should be: {error}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..scenario import BACKUP_FIRST, Scenario, Session, cancel, finish, read, release, write
+from ..scenario import BACKUP_FIRST, Scenario, Session, cancel, finish, read, release, sent, write
 from .sessions import TEMP
 
 RELEASING = (
@@ -20,9 +20,43 @@ RELEASING = (
     ),
     Scenario(
         "once_overlap",
-        "two clients that release what they have read, as READ_ONCE does",
-        {"o1": (read(0, 2), release(0, 2)), "o2": (read(0), release(0)), "g1": (write(0, 2),)},
+        "two clients whose READs release, over one range",
+        {"o1": (read(0, 2), sent(0, 2)), "o2": (read(0), sent(0)), "g1": (write(0, 2),)},
         clusters=2,
+    ),
+    Scenario(
+        "once_then_trim",
+        "a READ that releases, a TRIM of the same, a copy that writes there",
+        {"o1": (read(0), sent(0)), "t1": (release(0),), "g1": (write(0),)},
+        every_step=True,
+    ),
+    Scenario(
+        "once_parts",
+        "two READs of half a cluster release nothing, nor with a TRIM of the other half",
+        {"o1": (read(0, 0.5), sent(0, 0.5)), "o2": (read(0.5, 0.5), sent(0.5, 0.5)),
+         "t1": (release(0.5, 0.5),), "r1": (read(0),)},
+    ),
+    Scenario(
+        "once_tail",
+        "a READ up to the end releases the last, partial cluster; one of its end alone does not",
+        {"o1": (read(1.25, 0.25), sent(1.25, 0.25)), "o2": (read(0.5, 1), sent(0.5, 1)),
+         "g1": (write(1, 0.5),)},
+        clusters=1.5,
+        halves=True,
+    ),
+    Scenario(
+        "once_finish",
+        "a reply leaves as the session is finished, or breaks",
+        {"o1": (read(0), sent(0)), "g1": (write(0),), "e": (finish(),)},
+        failures=1,
+        every_step=True,
+    ),
+    Scenario(
+        "once_punch",
+        "the space of what was read once is freed behind a copy and another client's read",
+        {"o1": (read(0, 2), sent(0, 2)), "r1": (read(0),), "g1": (write(1),)},
+        clusters=2,
+        prepare=(write(0),),
     ),
     Scenario(
         "read_runs",
