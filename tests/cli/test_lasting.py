@@ -18,6 +18,7 @@ from fleecenbd.cli.lasting import state_of
 from fleecenbd.cli.options import ServeOptions
 from fleecenbd.cli.values import DiskSpec
 from tests.cli.conftest import SERVE, Fails, started
+from tests.controlling import Control
 from tests.serving import connected, serving
 
 MIB = 1 << 20
@@ -104,6 +105,34 @@ def test_begin_goes_on_with_the_session_that_is_there(
             assert server.returncode == (-9 if end == signal.SIGKILL else 0)
             assert ("goes on (--begin)" in told) == (number > 0)
         (tmp_path / "f.sock").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_session_that_is_read_once_is_so_after_a_restart(
+    tmp_path: Path, image: Path, end: signal.Signals
+) -> None:
+    command = (*SERVE, image, "-U", tmp_path / "f.sock", "--state-dir", tmp_path / "state")
+    control = Control(tmp_path / "f.sock.control")
+    uri = f"nbd+unix:///vm@n?socket={tmp_path / 'f.sock'}"
+    with started(tmp_path, *command) as server:
+        control.call("PUT", "sessions/n", read_once=True)
+        with connected(uri) as backup:
+            assert backup.pread(MIB // 2, 0) == OLD[: MIB // 2]
+            with pytest.raises(nbd.Error, match="Invalid argument"):
+                backup.pread(4096, 0)
+        server.send_signal(end)
+        server.communicate(timeout=30)
+    control.close()
+    (tmp_path / "f.sock").unlink(missing_ok=True)
+    with started(tmp_path, *command):
+        assert control.call("GET", "sessions/n")["read_once"] is True
+        with connected(uri) as backup:
+            for place in (0, MIB // 2 - 4096):
+                with pytest.raises(nbd.Error, match="Invalid argument"):
+                    backup.pread(4096, place)
+            assert backup.pread(MIB // 2, MIB // 2) == OLD[MIB // 2 :]
+            with pytest.raises(nbd.Error, match="Invalid argument"):
+                backup.pread(4096, MIB // 2)
 
 
 def test_with_end_sessions_each_start_is_a_new_moment(tmp_path: Path, image: Path) -> None:
