@@ -9,12 +9,15 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
+from fleecenbd.client.apart import Apart
 from fleecenbd.client.endpoints import TargetLost
 from fleecenbd.client.file_target import LOOK_LENGTH, holds_something, too_small
 from fleecenbd.client.plan import ACCESS
 from fleecenbd.storage.device import Buffer, Data
 from fleecenbd.storage.nbd_client import NbdClient
 
+CLUSTER_MAX = 2 << 20
+"""Bytes: the largest cluster of a qcow2 image; an NBD server does not tell what its image has."""
 CONNECTIONS_MAX = 4
 REQUESTS_PER_CONNECTION = 8
 """Writes in flight."""
@@ -23,21 +26,27 @@ REQUESTS_PER_CONNECTION = 8
 class NbdTarget:
     """endpoints.Target over an NbdClient, which it closes."""
 
-    def __init__(self, name: str, client: NbdClient, *, is_zero: bool = False) -> None:
+    def __init__(
+        self, name: str, client: NbdClient, *, is_zero: bool = False, cluster: int = CLUSTER_MAX
+    ) -> None:
+        """``cluster``: bytes; no smaller than that of the image behind it, if that has any."""
         self.name = name
         self.is_zero = is_zero
         self.requests = REQUESTS_PER_CONNECTION * client.connections
         self.write_unit = client.facts.block_size_min
         self._client = client
         self._generation = client.generation
+        self._apart = Apart(cluster)
 
     async def pwrite(self, offset: int, data: Data) -> None:
         """WRITE."""
-        await self._client.pwrite(offset, data)
+        async with self._apart.request(offset, len(data), is_zero=False):
+            await self._client.pwrite(offset, data)
 
     async def zero(self, offset: int, length: int) -> None:
         """WRITE_ZEROES, which may free space."""
-        await self._client.zero(offset, length)
+        async with self._apart.request(offset, length, is_zero=True):
+            await self._client.zero(offset, length)
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """READ; what the server reads it from is its own business."""

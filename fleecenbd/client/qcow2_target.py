@@ -292,7 +292,7 @@ async def _serve(path: str, part: str, *, compress: bool) -> tuple[NbdTarget, _C
         with child.blamed(path):
             client = await NbdClient.open(f"nbd+unix:///?socket={quote(sock)}", retries=0)
         child.forget_folder()
-        return NbdTarget(path, client), child
+        return NbdTarget(path, client, cluster=CLUSTER), child
     except BaseException:
         await child.kill()
         raise
