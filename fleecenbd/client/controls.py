@@ -26,7 +26,7 @@ class Controls:
         copying.paused = self.is_paused
 
     def pause(self) -> None:
-        """Read nothing more. What was read already still becomes durable, and is released."""
+        """Read nothing more. What was read already, as whole blocks, still becomes durable."""
         self._set_paused(True)
 
     def resume(self) -> None:

@@ -142,18 +142,20 @@ class CopyLoop:
 
     @property
     def paused(self) -> bool:
-        """Whether nothing new is read; what was read already still becomes durable."""
+        """Whether nothing is read; blocks that were read already still become durable."""
         return self._paused
 
     @paused.setter
     def paused(self, paused: bool) -> None:
         self._paused = paused
+        self._rate.hold(paused and not self.stopping)
         self._ring()
 
     def stop(self) -> None:
         """Take nothing new; ``run`` returns when what is in hand is durable, and released."""
         self.stopping = True
         self._rate.set(None)
+        self._rate.hold(False)
         self._ring()
 
     async def run(self) -> None:

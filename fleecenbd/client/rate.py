@@ -19,6 +19,7 @@ class Rate:
     def __init__(self, bytes_per_s: float | None = None) -> None:
         """None: no limit."""
         self._bytes_per_s = bytes_per_s
+        self._held = False
         self._tokens = 0.0
         self._since: float | None = None
         self._turn = asyncio.Lock()
@@ -36,12 +37,17 @@ class Rate:
         self._since = None
         self._changed.set()
 
+    def hold(self, held: bool) -> None:
+        """Whether nothing may be sent for at all, by who waits already neither."""
+        self._held = held
+        self._changed.set()
+
     async def take(self, length: int) -> None:
         """Return when ``length`` bytes may be sent for."""
-        if self._bytes_per_s is None and not self._turn.locked():
+        if self._bytes_per_s is None and not self._held and not self._turn.locked():
             return
         async with self._turn:
-            while (wait_s := self._wait_s()) > 0:
+            while (wait_s := self._wait_s()) != 0:
                 self._changed.clear()
                 try:
                     async with asyncio.timeout(wait_s):
@@ -50,8 +56,10 @@ class Rate:
                     pass
             self._tokens -= length
 
-    def _wait_s(self) -> float:
-        """Seconds until the bucket is not empty."""
+    def _wait_s(self) -> float | None:
+        """Seconds until the bucket is not empty; None: nobody knows."""
+        if self._held:
+            return None
         rate = self._bytes_per_s
         if rate is None:
             return 0.0

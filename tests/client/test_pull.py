@@ -648,6 +648,29 @@ async def test_a_paused_pull_reads_nothing_until_it_may(pulling: Pulling) -> Non
     assert pulling.path.read_bytes() == pulling.source.content
 
 
+async def test_a_pull_that_is_paused_under_a_limit_reads_nothing_either(pulling: Pulling) -> None:
+    source, looks = pulling.source, asyncio.Queue[None]()
+    paused = False
+
+    def pause(_offset: int) -> None:
+        nonlocal paused
+        paused = True
+        pulling.controls.pause()
+
+    source.before_read = pause
+    pulling.look = lambda event: looks.put_nowait(None) if paused else None
+    pulling.controls.set_rate(4.0 * MIB)  # a READ in a sixteenth of a second
+    task = asyncio.create_task(pulling())
+    for _ in range(30):
+        await looks.get()
+    assert len(source.reads) == 1
+    source.before_read = lambda _offset: None
+    pulling.controls.set_rate(None)
+    pulling.controls.resume()
+    await task
+    assert pulling.path.read_bytes() == source.content
+
+
 async def test_the_temp_image_is_looked_at_where_the_server_tells(pulling: Pulling) -> None:
     pulling.source.in_temp = set(range(10))
     done = await pulling()

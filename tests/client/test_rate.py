@@ -50,6 +50,21 @@ def test_little_is_saved_up() -> None:
     assert simulate(run()) == pytest.approx(0.5 - BURST_S, abs=0.01)
 
 
+@pytest.mark.parametrize("limit", [None, 100])
+def test_what_is_held_waits_however_much_is_allowed(limit: float | None) -> None:
+    async def run() -> float:
+        rate = Rate(limit)
+        rate.hold(True)
+        waiting = [asyncio.create_task(rate.take(1)) for _ in range(3)]
+        await asyncio.sleep(1000)
+        assert not any(task.done() for task in waiting)
+        rate.hold(False)
+        await asyncio.gather(*waiting)
+        return asyncio.get_running_loop().time()
+
+    assert simulate(run()) == pytest.approx(1000, abs=0.1)
+
+
 def test_no_limit_takes_no_time() -> None:
     async def run() -> float:
         rate = Rate()
