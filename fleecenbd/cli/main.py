@@ -21,8 +21,11 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command; its exit status. Raises nothing."""
     # Imports are made here, where nothing is collected yet (``main``), and typer's only where it
     # is needed: it takes longer to import than a server to start.
-    from fleecenbd.cli.serve import serve
-    from fleecenbd.cli.words import plain_words
+    try:
+        from fleecenbd.cli.serve import serve
+        from fleecenbd.cli.words import plain_words
+    except KeyboardInterrupt:
+        return 130
 
     try:
         words = plain_words(arguments[1:]) if arguments[:1] == ["serve"] else None

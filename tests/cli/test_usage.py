@@ -6,7 +6,9 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
@@ -414,6 +416,15 @@ def test_a_fault_of_ours_is_one_line_too(fails: Fails, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("own_logs")
+def test_ctrl_c_while_it_is_imported_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "fleecenbd.cli.words", Slow("words"))
+    assert main.run(["--version"]) == 130
+
+
 def test_ctrl_c_before_the_server_is_there_is_status_130(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
