@@ -203,8 +203,8 @@ class _Pull:
         if leftovers.is_done(journal, places):
             return await self._already_done(plan, journal)
         resumes = leftovers.has_part(options, journal, places)
-        await journal.begin()
         try:
+            await journal.begin()
             target = await self._find_open_target()(
                 options.target,
                 source.size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from fleecenbd.client import pull as module
 from fleecenbd.client.controls import Controls
 from fleecenbd.client.endpoints import SourceLost, TargetLost
 from fleecenbd.client.events import Done, Event, Failed, Note, OnEvent, Progress, Start
+from fleecenbd.client.journal_file import DurableFile
 from fleecenbd.client.options import PullOptions
 from fleecenbd.client.plan import DIRTY
 from fleecenbd.client.pull import ignore, pull
@@ -604,6 +606,29 @@ async def test_what_is_cancelled_while_it_hangs_up_is_complete(pulling: Pulling)
     assert pulling.events[-1] is done
     assert pulling.left() == {"vm.raw"}
     assert not task.cancelling()
+
+
+async def test_who_is_cancelled_while_the_journal_is_begun_leaves_none(
+    pulling: Pulling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    arrived, go_on = asyncio.Event(), threading.Event()
+    real = DurableFile._replace
+
+    def slow(file: DurableFile, data: bytes) -> None:
+        loop.call_soon_threadsafe(arrived.set)
+        assert go_on.wait(30)
+        real(file, data)
+
+    monkeypatch.setattr(DurableFile, "_replace", slow)
+    task = asyncio.create_task(pulling())
+    await arrived.wait()
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert pulling.left() == set()
 
 
 async def test_trims_that_hang_do_not_keep_the_target_from_being_complete(
