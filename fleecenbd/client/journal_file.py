@@ -81,9 +81,9 @@ class DurableFile:
             with suppress(OSError):
                 os.unlink(path)
             raise
+        before, self._descriptor, self._length = self._descriptor, descriptor, len(data)
+        os.close(before)
         sync_folder(self.name)
-        os.close(self._descriptor)
-        self._descriptor, self._length = descriptor, len(data)
 
     async def remove(self) -> None:
         """Close it, and let it be gone, durably."""

@@ -103,6 +103,26 @@ async def test_a_failed_replacement_leaves_the_old_one(
     assert os.listdir(tmp_path) == ["t.journal"]
 
 
+async def test_one_whose_folder_cannot_be_synced_goes_on_in_the_file_that_has_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.journal"
+    file = DurableFile.open(str(path))
+    before = len(os.listdir("/proc/self/fd"))
+
+    def fail(_path: str) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_file, "sync_folder", fail)
+        with pytest.raises(OSError, match="broken"):
+            await file.replace(b"new\n")
+    await file.append(b"more\n")
+    assert path.read_bytes() == b"new\nmore\n"
+    assert len(os.listdir("/proc/self/fd")) == before
+    await file.close()
+
+
 def test_a_journal_elsewhere_is_named_after_its_target(tmp_path: Path) -> None:
     one = default_path("/dev/vg/backup", tmp_path)
     assert one.startswith(f"{tmp_path}/dev-vg-backup-")
