@@ -32,7 +32,8 @@ from fleecenbd.cli.backup_places import (
 from fleecenbd.client import in_place, records
 from fleecenbd.client.in_place import Step
 from fleecenbd.client.journal_file import sync_folder
-from fleecenbd.client.records import QCOW2, RAW, Found, Record
+from fleecenbd.client.leftovers import write_durably
+from fleecenbd.client.records import QCOW2, RAW, BackedUp, Found, Record
 from fleecenbd.engine.bitmap import Bitmap
 
 _URI = re.compile(r"nbds?(\+unix|\+vsock)?://")
@@ -214,27 +215,31 @@ class Pairs:
         changed: Mapping[str, Bitmap],
     ) -> list[Path]:
         files = [one for one in destinations if one.final is not None]
-        for one in files:
-            assert one.final is not None, "chosen so"
-            own = only(record, one.disk)
-            if one.in_place:
-                assert one.previous is not None, "it goes into that"
-                before = one.previous.disk
-                stale = (
-                    []
-                    if before.checksum is None
-                    else [f"{one.final.name}.{before.checksum.algorithm}"]
-                )
-                in_place.set_mark(one.final, own, before, changed[one.disk], stale)
-                continue
-            old = records.of_file(one.final)
-            records.write(records.record_path(one.final), own)
-            if old is not None and old.disk.checksum is not None:
-                checksum = f"{one.final.name}.{old.disk.checksum.algorithm}"
-                one.final.with_name(checksum).unlink(missing_ok=True)
-        for one in files:
-            if not one.in_place and one.final is not None:
-                _give_name(one.final)
+        stale: dict[Path, list[str]] = {}
+        replaced: dict[Path, bytes | None] = {}
+        """Records, as they were."""
+        try:
+            for one in files:
+                assert one.final is not None, "chosen so"
+                own = only(record, one.disk)
+                if one.in_place:
+                    assert one.previous is not None, "it goes into that"
+                    before = one.previous.disk
+                    names = _checksums(one.final, before)
+                    in_place.set_mark(one.final, own, before, changed[one.disk], names)
+                    continue
+                old = records.of_file(one.final)
+                stale[one.final] = [] if old is None else _checksums(one.final, old.disk)
+                path = records.record_path(one.final)
+                replaced[path] = path.read_bytes() if path.exists() else None
+                records.write(path, own)
+        except OSError:
+            _put_back(replaced)
+            raise
+        for final, names in stale.items():
+            for name in names:
+                final.with_name(name).unlink(missing_ok=True)
+            _give_name(final)
         return [one.final for one in files if one.final is not None]
 
     def settle(self, destinations: Sequence[Destination], step: Step) -> None:
@@ -262,6 +267,20 @@ class Pairs:
                     continue
                 with suppress(OSError):  # somebody is at work there
                     _clean_one(Lock(path, f"to {target}"), target, session_id)
+
+
+def _checksums(target: Path, disk: BackedUp) -> list[str]:
+    """Files beside a backup that are true of it as it was."""
+    return [] if disk.checksum is None else [f"{target.name}.{disk.checksum.algorithm}"]
+
+
+def _put_back(replaced: Mapping[Path, bytes | None]) -> None:
+    """What these records tell of is still there, under its name."""
+    for path, content in replaced.items():
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_durably(str(path), content)
 
 
 def _roll_other(target: Path, step: Step) -> None:

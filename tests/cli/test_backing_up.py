@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from fleecenbd.cli.backup_pairs import Pair, Pairs
 from fleecenbd.cli.backup_places import Lock, Places, roll_all
 from fleecenbd.cli.backup_work import Ask, Outcome, Work
 from fleecenbd.cli.errors import CommandError
-from fleecenbd.client import in_place
+from fleecenbd.client import in_place, records
 from fleecenbd.client.events import Done
 from fleecenbd.engine.recording import NEW, USE
 from tests.cli.sim_backup import DISKS, SimCopy, World
@@ -130,6 +131,31 @@ async def test_who_interrupts_a_roll_forward_is_told_of_no_failure(
     with pytest.raises(InterruptedError):
         roll_all([tmp_path / "vda.raw"], step)
     assert said == []
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_what_cannot_be_written_down_takes_no_other_backup_s_record(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    if is_there:
+        await _backup(world, _pairs(tmp_path, *DISKS), bitmap="b", mode=NEW).run()
+    before = sorted(os.listdir(tmp_path))
+    kept = [records.of_file(tmp_path / f"{disk}.raw") for disk in DISKS]
+    world.write()
+    pairs = [Pair(disk, f"{tmp_path}/{disk}.raw") for disk in DISKS]
+    real = records.write
+
+    def write(path: Path, record: records.Record) -> None:
+        if record.disks[0].disk == "vdb":
+            raise OSError(errno.ENOSPC, "no space left", str(path))
+        real(path, record)
+
+    monkeypatch.setattr(records, "write", write)
+    with pytest.raises(OSError, match="no space left"):
+        await _backup(world, Pairs(pairs, force=True), bitmap="b", mode=NEW).run()
+    assert sorted(os.listdir(tmp_path)) == before
+    assert [records.of_file(tmp_path / f"{disk}.raw") for disk in DISKS] == kept
+    assert not any(found and records.why_not_whole(found) for found in kept)
 
 
 async def test_a_whole_backup_whose_session_cannot_be_finished_says_so(
