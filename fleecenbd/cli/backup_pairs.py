@@ -81,6 +81,8 @@ class Pairs:
         self._is_in_place = is_in_place
         self._force = force
         self._locks: dict[str, Lock] = {}
+        self._to_replace: set[str] = set()
+        """Disks whose targets were there when they were looked at."""
 
     @property
     def disks(self) -> list[str] | None:
@@ -123,6 +125,7 @@ class Pairs:
         for disk, path in self._files.items():
             if not os.path.lexists(path):
                 continue
+            self._to_replace.add(disk)
             found = records.of_file(path)
             is_ours = found is not None and found.disk.disk == disk
             if not self._force and not (self._is_in_place and is_ours):
@@ -228,6 +231,7 @@ class Pairs:
                     names = _checksums(one.final, before)
                     in_place.set_mark(one.final, own, before, changed[one.disk], names)
                     continue
+                self._check_name(one.disk, one.final)
                 old = records.of_file(one.final)
                 stale[one.final] = [] if old is None else _checksums(one.final, old.disk)
                 path = records.record_path(one.final)
@@ -241,6 +245,14 @@ class Pairs:
                 final.with_name(name).unlink(missing_ok=True)
             _give_name(final)
         return [one.final for one in files if one.final is not None]
+
+    def _check_name(self, disk: str, path: Path) -> None:
+        if not self._force and disk not in self._to_replace and os.path.lexists(path):
+            raise FileExistsError(
+                errno.EEXIST,
+                "has come to be there meanwhile; name another file, or write over it with --force",
+                str(path),
+            )
 
     def settle(self, destinations: Sequence[Destination], step: Step) -> None:
         for one in destinations:

@@ -158,6 +158,29 @@ async def test_what_cannot_be_written_down_takes_no_other_backup_s_record(
     assert not any(found and records.why_not_whole(found) for found in kept)
 
 
+async def test_what_comes_to_have_a_target_s_name_meanwhile_is_not_written_over(
+    world: World, tmp_path: Path
+) -> None:
+    class Copy(SimCopy):
+        async def __call__(self, work: Work) -> Done:
+            (tmp_path / "vda.raw").write_text("somebody else's")
+            return await super().__call__(work)
+
+    for force in (False, True):
+        places = Pairs([Pair("vda", f"{tmp_path}/vda.raw")], force=force)
+        run = _backup(world, places, Copy(world, None)).run()
+        if force:
+            assert (await run).result == "success"
+            assert (tmp_path / "vda.raw").read_bytes() == world.disks["vda"]
+        else:
+            with pytest.raises(FileExistsError, match="has come to be there meanwhile"):
+                await run
+            assert (tmp_path / "vda.raw").read_text() == "somebody else's"
+            assert os.listdir(tmp_path) == ["vda.raw"]
+            assert not world.sessions
+            (tmp_path / "vda.raw").unlink()
+
+
 async def test_a_whole_backup_whose_session_cannot_be_finished_says_so(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
