@@ -153,6 +153,10 @@ class _Pull:
             tell=self._note,
         )
         try:
+            if not source.size:
+                raise OSError(
+                    errno.EINVAL, "it has no bytes: there is nothing to copy", source.name
+                )
             if options.session_id is not None:
                 check_session(source, options.session_id)
             file = leftovers.open_journal(self._places.journal)

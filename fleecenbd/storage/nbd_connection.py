@@ -76,7 +76,7 @@ class NbdConnection:
         on_reply: Callable[[], None],
         on_lost: Callable[[NbdConnection, list[NbdRequest], OSError], None],
     ) -> None:
-        self.facts = facts_of(handle)
+        self.facts = facts_of(handle, uri)
         self.bytes = 0
         """Bytes of payload in flight."""
         self._uri = uri

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from fleecenbd.storage.libnbd import nbd
 from fleecenbd.storage.nbd_errors import (
+    NbdRefused,
     ServerTexts,
     closed_while_connecting,
     connect_error,
@@ -198,8 +199,19 @@ def keep_alive(of: socket.socket) -> None:
         of.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MAX_S * 1000)
 
 
-def facts_of(handle: Any) -> NbdFacts:
-    """What a handle that is connected knows."""
+def _size_of(handle: Any, uri: str) -> int:
+    """libnbd's number is a signed one, and -1 is its mark of an error."""
+    try:
+        size: int = handle.get_size()
+    except nbd.Error:
+        size = -1
+    if size < 0:
+        raise NbdRefused(errno.EOVERFLOW, "the server tells of a disk of 8 EiB or more", uri)
+    return size
+
+
+def facts_of(handle: Any, uri: str) -> NbdFacts:
+    """What a handle that is connected knows. Raises NbdRefused."""
     asked = [handle.get_meta_context(index) for index in range(handle.get_nr_meta_contexts())]
     try:
         description = handle.get_export_description()
@@ -207,7 +219,7 @@ def facts_of(handle: Any) -> NbdFacts:
         description = ""  # none was told
     is_read_only = handle.is_read_only()
     return NbdFacts(
-        size=handle.get_size(),
+        size=_size_of(handle, uri),
         block_size_min=handle.get_block_size(nbd.SIZE_MINIMUM) or 1,
         block_size_preferred=handle.get_block_size(nbd.SIZE_PREFERRED),
         payload_max=min(handle.get_block_size(nbd.SIZE_MAXIMUM) or PAYLOAD_MAX, PAYLOAD_MAX),

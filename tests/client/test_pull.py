@@ -265,6 +265,12 @@ async def test_what_could_not_be_opened_over_a_pull_leaves_it_as_it_was(pulling:
     assert pulling.path.read_bytes() == source.content
 
 
+async def test_a_disk_of_no_bytes_is_refused(pulling: Pulling) -> None:
+    pulling.source = FakeSource(b"")
+    assert "it has no bytes" in await pulling.fails()
+    assert pulling.left() == set()
+
+
 async def test_who_wants_one_session_gets_no_other(pulling: Pulling) -> None:
     error = await pulling.fails(session_id="id-0")
     assert "session id-1 answers there, and not id-0" in error

@@ -385,6 +385,17 @@ async def test_a_refusal_is_told_in_the_servers_words(
         assert caught.value.filename == server.uri
 
 
+@pytest.mark.parametrize("size", [1 << 63, (1 << 64) - 1])
+async def test_a_disk_that_no_number_is_large_enough_for_is_refused(
+    tmp_path: Path, size: int
+) -> None:
+    async with scripted(tmp_path) as server:
+        server.size = size
+        with pytest.raises(NbdRefused, match="8 EiB or more") as caught:
+            await NbdClient.open(server.uri)
+        assert caught.value.filename == server.uri
+
+
 @pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
 async def test_a_peer_that_speaks_no_nbd_is_told(tmp_path: Path, greeting: bytes) -> None:
     async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
