@@ -123,6 +123,7 @@ def pairs(words: Sequence[str], wishes: Wishes) -> Pairs:
 
 
 def _check_pair(pair: Pair, wishes: Wishes) -> None:
+    values.check_text(pair.text, "TARGET")
     path = pair.path
     if pair.text in ("", "raw:", "qcow2:"):
         raise UsageError("TARGET is empty; name a file")

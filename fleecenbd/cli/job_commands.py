@@ -36,6 +36,7 @@ _URI = re.compile(r"nbds?(\+unix|\+vsock)?://")
 
 def absolute_target(target: str) -> str:
     """The target as the server understands it, whose folder is another. Raises UsageError."""
+    values.check_text(target, "TARGET")
     if _URI.match(target):
         return target
     match = re.match(r"raw:|qcow2:", target)

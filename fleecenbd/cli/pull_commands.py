@@ -237,6 +237,7 @@ def pull(
         )
     if not target:
         raise UsageError("TARGET is empty; name a file")
+    values.check_text(target, "TARGET")
     if read_once and no_trim:
         raise UsageError("--read-once releases, and --no-trim does not: give one of them")
     if compress and not target.startswith("qcow2:"):

@@ -107,6 +107,17 @@ def check_name(text: str, whose: str) -> str:
     return text
 
 
+def check_text(text: str, what: str) -> str:
+    """A word that is written down, as JSON. Raises UsageError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{what}: {text!r} is no UTF-8 text, as what is noted of it must be; name it otherwise"
+        ) from None
+    return text
+
+
 def parse_size(text: str, option: str) -> int:
     """Bytes of ``4096``, ``64k``, ``10G``, ``1MiB``: units are powers of 1024."""
     match = _SIZE.fullmatch(text)

@@ -26,6 +26,7 @@ from tests.cli.conftest import Fails
         (("vda", "a.raw", "vdb", "./a.raw"), "two disks go to ./a.raw"),
         (("v d a", "a.raw"), "'v d a' cannot be a disk's name"),
         (("vda", ""), "TARGET is empty"),
+        (("vda", "t\udcff"), r"TARGET: 't\udcff' is no UTF-8 text"),
         (("vda", "qcow2:"), "TARGET is empty"),
         (("vda", "/tmp"), "/tmp is a folder; name a file in it, or give --all"),
         (("--all", "a", "b"), "with --all or --disk there is one FOLDER, not 'a b'"),

@@ -52,6 +52,7 @@ DONE = Done(
     [
         (("vm.raw", "out.raw"), "'vm.raw' is no NBD URI, as in nbd+unix:///"),
         ((URI, ""), "TARGET is empty"),
+        ((URI, "t\udcff"), r"TARGET: 't\udcff' is no UTF-8 text"),
         ((URI, "t", "--read-once", "--no-trim"), "--read-once releases, and --no-trim does not"),
         ((URI, "t", "--compress"), "--compress is for qcow2: targets, and t is none"),
         ((URI, "t", "--bitmap", "a b"), "'a b' cannot be a bitmap's name"),
