@@ -24,7 +24,7 @@ from fleecenbd.client.telling import text_of
 
 INTERRUPTED = 130
 TERMINATED = 1
-"""Exit statuses after SIGINT (and ``cancel``), and after SIGTERM."""
+"""Exit statuses after SIGINT (and ``cancel``), and after SIGTERM and SIGHUP."""
 LEFT_ALONE_S = 30.0
 """Seconds that a pull may go on once nobody is left who could end it."""
 
@@ -85,7 +85,8 @@ def _what_stays(kept: str | None, options: PullOptions) -> str:
 
 
 def run_until_signal(work: Callable[[], Awaitable[Result]]) -> Result:
-    """Run it on a loop of its own, as the main task. SIGINT and SIGTERM cancel it.
+    """Run it on a loop of its own, as the main task. SIGINT and SIGTERM cancel it, and SIGHUP,
+    unless that is ignored (nohup).
 
     Raises Interrupted where it was cancelled, and what it raises itself.
     """
@@ -107,6 +108,8 @@ def run_until_signal(work: Callable[[], Awaitable[Result]]) -> Result:
 
         loop.add_signal_handler(signal.SIGINT, stop, INTERRUPTED)
         loop.add_signal_handler(signal.SIGTERM, stop, TERMINATED)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            loop.add_signal_handler(signal.SIGHUP, stop, TERMINATED)
         return await work()
 
     try:

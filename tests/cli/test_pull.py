@@ -170,10 +170,13 @@ def test_ctrl_c_leaves_what_resume_goes_on_with(served: Served, target: Path) ->
     assert first_difference(target, served.image) is None
 
 
-def test_sigterm_stops_it_as_well(served: Served, target: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_and_a_window_that_is_closed_stop_it_as_well(
+    served: Served, target: Path, number: signal.Signals
+) -> None:
     pulling = Pulling(served.begin(), target, "--rate", "1M")
     pulling.until("start")
-    pulling.process.send_signal(signal.SIGTERM)
+    pulling.process.send_signal(number)
     status, err = pulling.end()
     assert status == 1
     assert err.startswith("fleecenbd: interrupted")
@@ -223,9 +226,11 @@ def test_nobody_has_to_look_at_it(served: Served, target: Path, way: str) -> Non
     """As after ``nohup`` or ``disown``, when the window is closed."""
     seen, shown = os.openpty() if way == "terminal" else os.pipe()
     words = ("--rate", "8M", "--progress", "bar", served.begin(), target)
-    with subprocess.Popen([*PULL, *words], stderr=shown, stdin=subprocess.DEVNULL) as process:
+    command = ("nohup", *PULL, *words)
+    with subprocess.Popen(command, stderr=shown, stdin=subprocess.DEVNULL) as process:
         os.close(shown)
         assert os.read(seen, 1)
+        process.send_signal(signal.SIGHUP)
         os.close(seen)
         assert process.wait(TIMEOUT_S) == 0
     assert first_difference(target, served.image) is None
