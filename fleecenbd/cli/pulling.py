@@ -59,6 +59,10 @@ def run_pull(
 
     controls = Controls(options.rate)
 
+    def keep() -> None:
+        # It may be for the server, too, whose session lasts: systemd signals all of a unit.
+        controls.keeps = commands
+
     async def work() -> object:
         if commands:
             task = asyncio.current_task()
@@ -68,7 +72,7 @@ def run_pull(
 
     try:
         with view:
-            run_until_signal(work)
+            run_until_signal(work, signalled=keep)
     except Interrupted as error:
         raise Interrupted(f"interrupted{_what_stays(kept[0], options)}", error.status) from None
     except OSError as error:
@@ -84,11 +88,14 @@ def _what_stays(kept: str | None, options: PullOptions) -> str:
     return f"; {kept} keeps what is durable: --resume goes on with it while the session lives"
 
 
-def run_until_signal(work: Callable[[], Awaitable[Result]]) -> Result:
+def run_until_signal(
+    work: Callable[[], Awaitable[Result]], *, signalled: Callable[[], None] = lambda: None
+) -> Result:
     """Run it on a loop of its own, as the main task. SIGINT and SIGTERM cancel it, and SIGHUP,
     unless that is ignored (nohup).
 
-    Raises Interrupted where it was cancelled, and what it raises itself.
+    ``signalled``: called before the first of these cancels it, if nobody else has. Raises
+    Interrupted where it was cancelled, and what it raises itself.
     """
     keep_buffers_on_the_heap()
     start_collecting()
@@ -104,6 +111,8 @@ def run_until_signal(work: Callable[[], Awaitable[Result]]) -> Result:
         def stop(signal_status: int) -> None:
             nonlocal status
             status = signal_status
+            if not task.cancelling():
+                signalled()
             task.cancel()
 
         loop.add_signal_handler(signal.SIGINT, stop, INTERRUPTED)

@@ -221,6 +221,23 @@ def test_stdin_cancels_it_by_a_word_and_by_its_end(served: Served, target: Path,
     assert pulling.end()[0] == 130
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_signal_is_no_cancel_and_keeps_what_is_durable(
+    served: Served, target: Path, cancelled: bool
+) -> None:
+    """systemd sends it to all of a unit, a server and its jobs, where the session lasts."""
+    pulling = Pulling(served.begin(), target, "--rate", "4M", "--commands", "--no-keep")
+    pulling.until("progress", durable=1, released=1)
+    if cancelled:
+        pulling.tell(command="cancel")
+        pulling.until("failed")
+    pulling.process.send_signal(signal.SIGTERM)
+    if not cancelled:
+        assert pulling.until("failed")["kept"] == f"{target}.part"
+    pulling.end()
+    assert Path(f"{target}.part").exists() is not cancelled
+
+
 @pytest.mark.parametrize("way", ["terminal", "pipe"])
 def test_nobody_has_to_look_at_it(served: Served, target: Path, way: str) -> None:
     """As after ``nohup`` or ``disown``, when the window is closed."""
