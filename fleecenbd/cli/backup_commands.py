@@ -34,6 +34,8 @@ from fleecenbd.cli.pull_commands import (
 
 if TYPE_CHECKING:
     from fleecenbd.cli.backup_places import Places
+    from fleecenbd.cli.backup_work import CopyDisk
+    from fleecenbd.cli.control_client import ControlClient
 
 CHAIN = "What is copied, and what it builds on"
 SESSION_NAME = "backup"
@@ -173,6 +175,15 @@ def backup(
             "no server is needed.",
         ),
     ] = False,
+    push: Annotated[
+        bool,
+        typer.Option(
+            "--push",
+            help="Let the server copy, by a job of its own: it writes TARGET itself, with its own "
+            "rights, on its machine. For slow or distant targets; fleecenbd job pause, resume and "
+            "rate work on it.",
+        ),
+    ] = False,
     no_trim: Annotated[
         bool, typer.Option("--no-trim", rich_help_panel=SAFE, help="Release nothing.")
     ] = False,
@@ -219,6 +230,7 @@ def backup(
     # Only here: other commands need neither libnbd nor the loop.
     from fleecenbd.cli import backup_asking, backup_run
     from fleecenbd.cli.backup_copy import PullAsk, PullDisk
+    from fleecenbd.cli.backup_push import PushDisk
     from fleecenbd.cli.backup_view import BackupView
     from fleecenbd.cli.backup_work import Ask
 
@@ -272,4 +284,8 @@ def backup(
     options |= {"trim": not no_trim, "read_once": read_once, "watch_temp": progress != "none"}
     pulls = PullAsk(options, compress=compress, force=force, journal_folder=wishes.journal_folder)
     view = BackupView(progress_mode(progress), descriptor_of(progress_fd))
-    backup_run.run(control, ask, places, PullDisk(pulls, view), view, as_json=as_json)
+
+    def copies(client: ControlClient) -> CopyDisk:
+        return PushDisk(pulls, view, client) if push else PullDisk(pulls, view)
+
+    backup_run.run(control, ask, places, copies, view, as_json=as_json)

@@ -43,9 +43,10 @@ class PullDisk:
     def begins(self, works: Sequence[Work]) -> None:
         self._view.begins(works)
 
-    async def __call__(self, work: Work) -> Done:
+    def options(self, work: Work) -> PullOptions:
+        """The pull of one disk, but for whether it goes on with another."""
         destination = work.destination
-        options = PullOptions(
+        return PullOptions(
             source=work.uri,
             session_id=work.session_id,
             target=destination.target,
@@ -57,7 +58,10 @@ class PullDisk:
             keep=destination.staged is not None,
             **self._ask.options,
         )
-        if work.is_resumed and _has_begun(options, work.session_id):
+
+    async def __call__(self, work: Work) -> Done:
+        options = self.options(work)
+        if work.is_resumed and has_begun(options, work.session_id):
             options = replace(options, resume=True)
         with self._view.of(work) as show:
 
@@ -86,7 +90,7 @@ class PullDisk:
                 await source.close()
 
 
-def _has_begun(options: PullOptions, session_id: str) -> bool:
+def has_begun(options: PullOptions, session_id: str) -> bool:
     """Whether there is a pull to go on with: that of a device may be long over."""
     places = find_places(options)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fleecenbd.cli import logs
@@ -21,7 +21,7 @@ def run(
     control: str | None,
     ask: Ask,
     places: Places,
-    copy_disk: CopyDisk,
+    copies: Callable[[ControlClient], CopyDisk],
     view: BackupView,
     *,
     as_json: bool,
@@ -29,7 +29,7 @@ def run(
     """Make the backup. Raises CommandError, with the exit status in it."""
 
     async def work(client: ControlClient) -> Outcome:
-        return await Backup(client, ask, places, copy_disk).run()
+        return await Backup(client, ask, places, copies(client)).run()
 
     try:
         outcome = run_until_signal(lambda: with_client(control, work))

@@ -84,6 +84,8 @@ class BackupSession:
                 f"finish it (fleecenbd session finish {self.name}), or take another name with "
                 "--session"
             )
+        if not is_alive(owner):
+            await self._end_jobs(shown["id"])
         if is_alive(owner) or await self._has_clients(shown):
             raise CommandError(
                 f"another backup is at work in session {self.name}; wait for it, or take another "
@@ -96,6 +98,13 @@ class BackupSession:
                 raise
             raise CommandError(f"another backup goes on with session {self.name}") from None
         return shown
+
+    async def _end_jobs(self, session_id: str) -> None:
+        """Those that a killed run has started go on without it: they keep what is durable."""
+        listed = await self._client.call("GET", "jobs")
+        for job in listed["jobs"]:
+            if job["session_id"] == session_id and job["ended_at"] is None:
+                await self._client.call("POST", "jobs", job["id"], "cancel")
 
     async def _has_clients(self, shown: Mapping[str, Any] | None) -> bool:
         """Does somebody read from it, and go on reading?"""

@@ -59,7 +59,7 @@ class _Told:
         if progress is not None:
             self._tell(_progress(job, progress))
         if job["state"] == "complete":
-            self._tell(_done(job, progress))
+            self._tell(done_of(job))
         elif job["ended_at"] is not None:
             self._tell(events.Failed(job["error"] or job["state"], job["kept"]))
 
@@ -89,8 +89,9 @@ def _progress(job: Mapping[str, Any], progress: Mapping[str, Any]) -> events.Pro
     )
 
 
-def _done(job: Mapping[str, Any], progress: Mapping[str, Any] | None) -> events.Done:
-    checksum = job["checksum"]
+def done_of(job: Mapping[str, Any]) -> events.Done:
+    """What a job has come to that is complete."""
+    checksum, progress = job["checksum"], job["progress"]
     return events.Done(
         durable=0 if progress is None else progress["durable"],
         released=0 if progress is None else progress["released"],

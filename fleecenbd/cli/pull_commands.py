@@ -217,6 +217,18 @@ def pull(
             help="The only session that will do: a name is another one's once its own is over.",
         ),
     ] = None,
+    backing: Annotated[
+        str | None,
+        typer.Option(
+            "--backing",
+            metavar="FILE",
+            hidden=True,
+            help="The backing file that a qcow2: target names, seen from the target's folder.",
+        ),
+    ] = None,
+    backing_format: Annotated[
+        str | None, typer.Option("--backing-format", metavar="raw|qcow2", hidden=True)
+    ] = None,
     commands: Annotated[
         bool,
         typer.Option(
@@ -228,7 +240,7 @@ def pull(
 ) -> None:
     # Only here: other commands need neither libnbd nor the loop.
     from fleecenbd.cli.pulling import run_pull
-    from fleecenbd.client.options import PullOptions
+    from fleecenbd.client.options import Backing, PullOptions
 
     if not _NBD_URI.match(uri):
         raise UsageError(
@@ -255,6 +267,7 @@ def pull(
         read_once=read_once,
         bitmap=bitmap,
         compress=compress,
+        backing=None if backing is None else Backing(backing, backing_format or "raw"),
         journal=journal,
         journal_folder=folder,
         keep=not no_keep,

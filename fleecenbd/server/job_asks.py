@@ -40,6 +40,11 @@ class JobAsk:
     requests: int | None = None
     retries: int | None = None
     journal: str | None = None
+    keep: bool = True
+    """What is durable stays for ``resume`` where it fails; never with ``finish``."""
+    backing: str | None = None
+    """The backing file that a qcow2 target names, seen from its folder: an increment."""
+    backing_format: str | None = None
 
     @property
     def export(self) -> str:
@@ -63,6 +68,13 @@ class JobAsk:
             _check_path(self.journal, "journal")
         if self.compress and not self.target.startswith("qcow2:"):
             raise _wrong(f"compress is for qcow2: targets, and {self.target} is none")
+        if (self.backing is None) != (self.backing_format is None):
+            raise _wrong("backing and backing_format belong together; give both, or none")
+        if self.backing is not None:
+            if not self.target.startswith("qcow2:"):
+                raise _wrong(f"backing is for qcow2: targets, and {self.target} is none")
+            if not self.backing or "\0" in self.backing:
+                raise _wrong(f"backing: {self.backing!r} is no file's name")
         if self.read_once and not self.trim:
             raise _wrong("read_once releases, and trim: false does not; give one of them")
         if self.read_once and self.resume:
@@ -82,7 +94,7 @@ class JobAsk:
             ("--verify", self.verify),
             ("--compress", self.compress),
             # Where it fails the session ends: nothing could go on with what is kept.
-            ("--no-keep", self.finish),
+            ("--no-keep", self.finish or not self.keep),
         )
         words += [option for option, is_set in flags if is_set]
         values = (
@@ -93,6 +105,8 @@ class JobAsk:
             ("--requests", self.requests),
             ("--retries", self.retries),
             ("--journal", self.journal),
+            ("--backing", self.backing),
+            ("--backing-format", self.backing_format),
         )
         words += [f"{option}={value}" for option, value in values if value is not None]
         return [*words, "--", uri, self.target]

@@ -122,6 +122,8 @@ class World:
         await asyncio.sleep(0)
         if self.is_deaf:
             raise CommandError("no server is there")
+        if words == ("jobs",):
+            return {"jobs": []}
         if method == "GET":
             answer = self._look(words[0])
         elif method == "PUT":

@@ -6,11 +6,13 @@ import asyncio
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,8 @@ class Served:
 class Backups:
     """What one test does with the server, in this process where it does not matter."""
 
-    def __init__(self, served: Served, capfd: pytest.CaptureFixture[str]) -> None:
+    def __init__(self, served: Served, capfd: pytest.CaptureFixture[str], *, push: bool) -> None:
+        self.more = ("--push",) if push else ()
         self._served = served
         self._capfd = capfd
         self.server = served.server
@@ -70,7 +73,7 @@ class Backups:
     def start(self, *words: str | Path) -> subprocess.Popen[str]:
         """As a process of its own, that can be killed."""
         return subprocess.Popen(
-            [*BACKUP, *map(str, words)],
+            [*BACKUP, *map(str, words), *self.more],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -80,7 +83,7 @@ class Backups:
     def call(self, *words: str | Path, status: int = 0) -> tuple[str, str]:
         """What it prints, and what it says."""
         self._capfd.readouterr()
-        assert run(["backup", *map(str, words)]) == status, self._capfd.readouterr()
+        assert run(["backup", *map(str, words), *self.more]) == status, self._capfd.readouterr()
         out, err = self._capfd.readouterr()
         assert all(line.startswith("fleecenbd: ") for line in err.splitlines()), err
         return out, err
@@ -130,6 +133,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture
 def backups(
+    request: pytest.FixtureRequest,
     served: Served,
     own_logs: None,
     capfd: pytest.CaptureFixture[str],
@@ -137,13 +141,18 @@ def backups(
 ) -> Backups:
     monkeypatch.setenv("FLEECENBD_CONTROL", f"{served.server.unix}.control")
     monkeypatch.setenv("PATH", CLIENTS_PATH)
-    return Backups(served, capfd)
+    return Backups(served, capfd, push=getattr(request, "param", "pull") == "push")
+
+
+either_way = pytest.mark.parametrize("backups", ["pull", "push"], indirect=True)
+"""Copied by this process, and by a job of the server."""
 
 
 def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@either_way
 def test_a_full_backup_is_whole_written_down_and_its_session_finished(
     backups: Backups, tmp_path: Path
 ) -> None:
@@ -167,6 +176,7 @@ def test_a_full_backup_is_whole_written_down_and_its_session_finished(
     assert _names(tmp_path) == ["vda.raw", "vda.raw.backup.json"], "the checksum was of another"
 
 
+@either_way
 def test_a_chain_of_qcow2_files_finds_what_it_builds_on(backups: Backups, tmp_path: Path) -> None:
     backups.backup("vda", tmp_path / "mon.raw", "--bitmap", "c1")
     for name, words in (
@@ -219,6 +229,7 @@ def test_what_does_not_fit_is_refused_before_a_session_is_begun(
     assert backups.last()["disks"][0]["bitmap"]["mode"] == "new"
 
 
+@either_way
 def test_nights_of_all_disks_are_folders_of_one_moment(backups: Backups, tmp_path: Path) -> None:
     nights = []
     for _ in range(3):
@@ -245,11 +256,13 @@ def test_nights_of_all_disks_are_folders_of_one_moment(backups: Backups, tmp_pat
     moved.rename(tmp_path)
 
 
+@either_way
 def test_in_place_a_full_backup_is_brought_up_to_date(backups: Backups, tmp_path: Path) -> None:
     target = tmp_path / "vda.raw"
-    words = ("vda", target, "--incremental", "c4", "--in-place")
+    bitmap = f"c4{''.join(backups.more)}"
+    words = ("vda", target, "--incremental", bitmap, "--in-place")
     told = backups.fails(*words)
-    assert "vda has no bitmap c4 yet" in told
+    assert f"vda has no bitmap {bitmap} yet" in told
     for count in range(3):
         _, err = backups.backup(*words, "--or-full", "--verify")
         assert ("a full backup" in err) is (count == 0)
@@ -257,7 +270,7 @@ def test_in_place_a_full_backup_is_brought_up_to_date(backups: Backups, tmp_path
         assert _names(tmp_path) == ["vda.raw", "vda.raw.backup.json"]
         backups.write()
     above = tmp_path / "above.qcow2"
-    backups.backup("vda", f"qcow2:{above}", "--incremental", "c4", "--onto", target)
+    backups.backup("vda", f"qcow2:{above}", "--incremental", bitmap, "--onto", target)
     assert "above.qcow2 builds on it" in backups.fails(*words)
     above.unlink()
     told = backups.fails(*words)
@@ -314,13 +327,15 @@ def _until_it_copies(process: subprocess.Popen[str]) -> None:
     assert process.poll() is None
 
 
+@either_way
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_nothing_behind_and_forgets_nothing(
     backups: Backups, tmp_path: Path, how: signal.Signals
 ) -> None:
     bitmap = f"c6-{how}"
     backups.backup("vda", tmp_path / "full.raw", "--bitmap", bitmap)
-    backups.write()
+    for _ in range(4):
+        backups.write()
     before = _names(tmp_path)
     words = ("vda", f"qcow2:{tmp_path}/inc.qcow2", "--incremental", bitmap)
     with backups.start(*words, "--rate", "32k", "--progress", "json") as process:
@@ -335,6 +350,7 @@ def test_ctrl_c_leaves_nothing_behind_and_forgets_nothing(
     assert backups.is_shown_by(file)
 
 
+@either_way
 def test_a_killed_run_is_recognised_and_its_session_counts_as_failed(
     backups: Backups, tmp_path: Path
 ) -> None:
@@ -358,6 +374,7 @@ def test_a_killed_run_is_recognised_and_its_session_counts_as_failed(
     assert _names(tmp_path) == ["another.raw", "another.raw.backup.json"]
 
 
+@either_way
 def test_resume_goes_on_with_the_moment_of_a_killed_run(backups: Backups, tmp_path: Path) -> None:
     moment = backups.keep_moment(tmp_path / "moment", "vdb")
     folder = tmp_path / "nights"
@@ -381,6 +398,7 @@ def test_resume_goes_on_with_the_moment_of_a_killed_run(backups: Backups, tmp_pa
     assert "nothing can be resumed: there is no session backup" in told
 
 
+@either_way
 def test_resume_goes_on_in_what_is_no_file(
     backups: Backups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -483,3 +501,68 @@ def test_what_was_made_is_told_as_json(backups: Backups, tmp_path: Path) -> None
     out, _ = backups.call("vda", tmp_path / "c.raw", "--progress", "json")
     events = [json.loads(line)["event"] for line in out.splitlines()]
     assert (events[0], events[-2:]) == ("start", ["done", "backup"])
+
+
+def test_a_push_to_a_full_file_system_leaves_nothing_and_says_how_much_is_missing(
+    backups: Backups, tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    run_tool("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small)
+    try:
+        told = backups.backup("vda", small / "vda.raw", "--push", status=1)[1]
+        assert re.search(r"job \S+ has failed: .*No space left.* are missing", told), told
+        assert list(small.iterdir()) == []
+    finally:
+        run_tool("umount", small)
+    assert backups.last()["result"] == "failed"
+
+
+def test_a_pushed_disk_is_copied_by_the_server_under_its_own_control(
+    backups: Backups, tmp_path: Path
+) -> None:
+    words = ("vda", tmp_path / "a.raw", "--push", "--rate", "64k", "--progress", "json")
+    with backups.start(*words) as process:
+        _until_it_copies(process)
+        job = backups.control.call("GET", "jobs")["jobs"][-1]
+        backups.control.call("POST", f"jobs/{job['id']}/rate", rate=1 << 30)
+        process.communicate(timeout=TIMEOUT_S)
+    assert job["target"] == f"raw:{tmp_path}/a.raw.backing-up"
+    assert (job["rate"], job["finish"]) == (65536, False)
+    assert process.returncode == 0
+    assert backups.is_shown_by(tmp_path / "a.raw")
+    # And one that somebody else has cancelled has failed.
+    words = ("vda", tmp_path / "b.raw", "--push", "--rate", "64k", "--progress", "json")
+    with backups.start(*words) as process:
+        _until_it_copies(process)
+        job = backups.control.call("GET", "jobs")["jobs"][-1]
+        backups.control.call("POST", f"jobs/{job['id']}/cancel")
+        _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1
+    assert f"job {job['id']} was cancelled" in err
+    assert backups.last()["result"] == "failed"
+    assert not list(tmp_path.glob("b.raw*"))
+
+
+def test_guests_wait_for_no_slow_target_of_a_push(backups: Backups, tmp_path: Path) -> None:
+    """Every write of the target takes 200 ms; the guest's take a few milliseconds."""
+    sock = tmp_path / "slow"
+    nbdkit = ("nbdkit", "-f", "--exit-with-parent", "-U", sock, "--filter=delay", "memory")
+    with subprocess.Popen([*nbdkit, str(SIZE), "wdelay=200ms"]) as slow:
+        while not sock.exists():
+            assert slow.poll() is None
+            time.sleep(0.01)
+        words = ("vda", f"nbd+unix:///?socket={sock}", "--push", "--progress", "json")
+        with backups.start(*words) as process:
+            _until(process, "start")
+            waits = []
+            with connected(backups.server.uri("vda")) as guest:
+                while process.poll() is None:
+                    started = time.monotonic()
+                    guest.pwrite(os.urandom(4 * KIB), len(waits) * 4 * KIB % SIZE)
+                    waits.append(time.monotonic() - started)
+            process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 0
+        slow.kill()
+    assert len(waits) > 100
+    assert max(waits) < 0.2

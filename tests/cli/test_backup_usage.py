@@ -106,7 +106,9 @@ def test_a_backup_whose_session_cannot_be_finished_is_whole_and_says_so(
     view = BackupView("auto", None)
     pulls = PullDisk(PullAsk(), view)
     with pytest.raises(CommandError) as caught:
-        backup_run.run(None, Ask("backup", {}), Nights(tmp_path, None), pulls, view, as_json=False)
+        backup_run.run(
+            None, Ask("backup", {}), Nights(tmp_path, None), lambda _: pulls, view, as_json=False
+        )
     assert caught.value.status == 1
     text = str(caught.value)
     assert text.startswith("the backup is whole, but session backup could not be finished: it is")

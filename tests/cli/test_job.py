@@ -15,7 +15,7 @@ from fleecenbd.cli import job_watching, pulling
 from fleecenbd.cli.job_commands import absolute_target
 from fleecenbd.cli.job_watching import outcome
 from fleecenbd.cli.main import run
-from fleecenbd.client.options import PullOptions
+from fleecenbd.client.options import Backing, PullOptions
 from fleecenbd.server.job_asks import JobAsk
 from tests.cli.conftest import Fails
 from tests.server.playing import TARGET, Play, playing
@@ -83,14 +83,19 @@ def test_a_pull_understands_what_a_job_asks_of_it(
         **{"finish": True, "force": True, "resume": True, "trim": False, "verify": True},
         **{"compress": True, "checksum": "sha256", "bitmap": "chain", "rate": 1000},
         **{"connections": 2, "requests": 8, "retries": 0, "journal": "/j"},
+        **{"backing": "../b.raw", "backing_format": "raw"},
     )
-    for ask in (everything, JobAsk("n", "vda", "/t"), JobAsk("n", "vda", "/t", read_once=True)):
+    plain = JobAsk("n", "vda", "/t")
+    once = JobAsk("n", "vda", "/t", read_once=True, keep=False)
+    for ask in (everything, plain, once):
         assert run(["pull", *ask.arguments("nbd://h/x", "1-2")]) == 0
         options = asked.pop()
         assert (options.source, options.target) == ("nbd://h/x", ask.target)
-        assert options.keep is not ask.finish
+        assert options.keep is (ask.keep and not ask.finish)
+        backing = None if ask.backing is None else Backing(ask.backing, str(ask.backing_format))
+        assert options.backing == backing
         assert options.session_id == "1-2"
-        left_out = {"session", "disk", "target", "finish"}
+        left_out = {"session", "disk", "target", "finish", "keep", "backing", "backing_format"}
         for name in {field.name for field in dataclasses.fields(ask)} - left_out:
             if (value := getattr(ask, name)) is not None:
                 assert getattr(options, name) == value, name

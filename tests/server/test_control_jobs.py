@@ -29,7 +29,9 @@ ASK = {"session": "n", "disk": "vda", "target": TARGET}
         ({**ASK, "retries": -1}, 422, "at `body.retries`"),
         ({**ASK, "checksum": "crc7"}, 422, "checksum is one of"),
         ({**ASK, "finish": 1}, 422, "at `body.finish`"),
-        ({**ASK, "backing": "/b"}, 422, "unknown field `backing`"),
+        ({**ASK, "base": "/b"}, 422, "unknown field `base`"),
+        ({**ASK, "backing": "/b"}, 422, "backing and backing_format belong together"),
+        ({**ASK, "backing": "b", "backing_format": "raw"}, 422, "backing is for qcow2: targets"),
     ],
 )
 async def test_what_no_job_can_be_is_refused(body: object, status: int, text: str) -> None:

@@ -171,6 +171,14 @@ class JobBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         Annotated[str, Meta(min_length=1, max_length=TARGET_LENGTH_MAX)] | None,
         Meta(description="absolute path; null: beside a file, else in the state directory"),
     ] = None
+    keep: Annotated[
+        bool, Meta(description="what is durable stays for resume where it fails; not with finish")
+    ] = True
+    backing: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=TARGET_LENGTH_MAX)] | None,
+        Meta(description="the backing file of a qcow2: target, seen from the target's folder"),
+    ] = None
+    backing_format: Literal["raw", "qcow2"] | None = None
 
 
 class RateBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
