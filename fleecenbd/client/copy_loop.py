@@ -76,11 +76,14 @@ class CopyLoop:
         note: Callable[[str], None],
         checksums: Checksums | None = None,
         trims: bool = True,
+        reads_once: bool = False,
         in_flight_length: int = IN_FLIGHT_LENGTH_MAX,
         batch_length: int = BATCH_LENGTH,
         read_length: int = READ_LENGTH_MAX,
     ) -> None:
-        """``trims``: release what is durable, where the source can. ``note``: tell the user."""
+        """``trims``: release what is durable, where the source can. ``reads_once``: what is read
+        is released by that. ``note``: tell the user."""
+        self._reads_once = reads_once
         self.durable = plan.resumed
         """Bytes; see events.Progress."""
         self.stopping = False
@@ -130,8 +133,8 @@ class CopyLoop:
 
     @property
     def released(self) -> int:
-        """Bytes released by TRIM."""
-        return self._releasing.released
+        """Bytes released, by TRIM or by being read."""
+        return self._io.read if self._reads_once else self._releasing.released
 
     @property
     def data_left(self) -> int:

@@ -30,7 +30,7 @@ class Progress(msgspec.Struct, tag_field="event", tag="progress", frozen=True):
     """Bytes that this pull has read: no zeroes that the map tells of."""
     to_copy: int
     released: int
-    """Bytes that this pull has released by TRIM."""
+    """Bytes that this pull has released, by TRIM or (``read_once``) by reading."""
     rate: float
     """Bytes read per second, of the last few seconds."""
     eta_s: float | None

@@ -234,6 +234,10 @@ class _Pull:
     def _align(self, source: Source) -> int:
         return min(source.cluster, BLOCK_SIZE) if self._options.read_once else 1
 
+    def _releases_by_reading(self, source: Source) -> bool:
+        """Whether a READ can cover whole clusters: no part of a block is read twice."""
+        return self._options.read_once and source.cluster <= BLOCK_SIZE
+
     def _in_flight_length(self) -> int:
         """Who asks for more READs in flight than usual gets the memory for them."""
         return max(IN_FLIGHT_LENGTH_MAX, (self._options.requests or 0) * READ_LENGTH_MAX)
@@ -276,6 +280,7 @@ class _Pull:
             checksums=sums,
             # On anything but a fleecing export a TRIM would discard the disk's own data.
             trims=options.trim and not options.read_once and ACCESS in source.contexts,
+            reads_once=self._releases_by_reading(source),
             read_length=max(READ_LENGTH_MAX, self._align(source)),
             in_flight_length=self._in_flight_length(),
             batch_length=BATCH_LENGTH,
@@ -328,6 +333,11 @@ class _Pull:
 
     def _say_what_is_special(self, source: Source) -> None:
         options = self._options
+        if options.read_once and not self._releases_by_reading(source):
+            self._note(
+                f"{source.name} has clusters of {source.cluster >> 20} MiB, and {BLOCK_SIZE >> 20} "
+                "MiB is read at a time: nothing is released; leave out --read-once"
+            )
         if not options.trim or options.read_once or source.can_trim:
             return
         if source.session_id is None:

@@ -69,6 +69,9 @@ class Channel:
             self._unsent.append((reply, cost, left))
             return
         self.send(reply)
+        if left is not None and not self.send_paused:
+            # Not every asyncio (3.12 to 3.12.8, 3.13.0, 3.13.1) looks at its limits in writelines.
+            self._transport.set_write_buffer_limits(high=0)
         if self.send_paused:
             self._leaving += cost
             if left is not None:

@@ -205,7 +205,7 @@ class FleecingExport:
         export.info = replace(
             self.info,
             name=f"{self.info.name}{READ_ONCE}",
-            description=f"{self.info.description}; what is read is released",
+            description=f"{self.info.description}, what is read is released",
         )
         return export
 

@@ -111,8 +111,7 @@ def test_a_folder_that_is_not_there_is_an_error_in_one_line(
 def test_an_interrupted_run_stops_its_servers_and_leaves_no_file(
     memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sockets = tmp_path / "sockets"
-    sockets.mkdir()
+    sockets = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))  # sockets have short names
     monkeypatch.setattr(tempfile, "tempdir", str(sockets))
     pids = []
 
@@ -129,4 +128,5 @@ def test_an_interrupted_run_stops_its_servers_and_leaves_no_file(
     assert len(pids) == 1
     assert not Path(f"/proc/{pids[0]}").exists()
     assert [*memory.iterdir(), *sockets.iterdir()] == []
+    sockets.rmdir()
     assert not output.exists()

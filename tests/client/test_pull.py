@@ -461,12 +461,21 @@ async def test_a_source_that_tells_no_map_is_read_whole(pulling: Pulling) -> Non
 async def test_read_once_asks_for_the_export_that_releases_and_trims_nothing(
     pulling: Pulling,
 ) -> None:
-    await pulling(read_once=True)
+    done = await pulling(read_once=True)
+    assert done.released == done.read > 0
     assert pulling.source.uri == "nbd+unix:///vda@n+once?socket=/s"
     assert pulling.source.trims == []
     assert all(offset % (64 << 10) == 0 for offset, _ in pulling.source.reads)
     sizes = [length for offset, length in pulling.source.reads if offset + length < 7 * MIB]
     assert all(length % (64 << 10) == 0 for length in sizes)
+
+
+async def test_clusters_that_no_read_covers_are_told(pulling: Pulling) -> None:
+    pulling.source.cluster = 2 * MIB
+    done = await pulling(read_once=True)
+    assert done.released == 0
+    (note,) = pulling.notes()
+    assert "has clusters of 2 MiB, and 1 MiB is read at a time: nothing is released" in note
 
 
 async def test_a_target_that_lost_writes_gets_them_again(pulling: Pulling) -> None:

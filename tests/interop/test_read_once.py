@@ -226,6 +226,21 @@ def test_our_own_pull_reads_once_and_sends_no_trim(served: Room) -> None:
         assert "released" in again.stderr
 
 
+@not_behind_nbdkit(CONTROL)
+def test_our_own_backup_and_job_read_once(served: Room) -> None:
+    """They pull that session and no other: the export tells which one it is, by either name."""
+    control = ("--control", f"{served.folder / 'f.sock'}.control")
+    before = copy_disk(served.disk, served.folder / "before")
+    run(FLEECENBD, "backup", *control, "--read-once", "vm", served.folder / "b.raw")
+    assert first_difference(before, served.folder / "b.raw") is None
+    with _begun(served):
+        target = served.folder / "j.raw"
+        job = run(FLEECENBD, "job", "start", *control, "--read-once", "s", "vm", target).strip()
+        run(FLEECENBD, "job", "wait", *control, job)
+        assert first_difference(before, target) is None
+        assert served.disk_of("s")["accessible"] == 0
+
+
 def test_behind_nbdkit_it_is_refused_with_the_reason(tmp_path: Path) -> None:
     from tests.behind_nbdkit import behind_nbdkit
 

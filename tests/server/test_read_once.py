@@ -152,6 +152,23 @@ async def test_what_a_killed_reader_was_not_sent_can_still_be_read(gated: bool) 
                 assert reply.data == pattern(MIB)[offset : offset + 64 * KIB]
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["now", "later"])
+async def test_a_reply_of_which_a_part_has_left_releases_nothing(gated: bool) -> None:
+    async with room(limits=tight(), session="n", size=MIB) as served:
+        device = served.devices["vda"]
+        if gated:
+            device.gate("read")
+        client = await served.client("vda@n+once")
+        await client.post(wire.READ, 0, MIB)
+        if gated:
+            (await device.reached("read")).go()
+        await served.settled()
+        await client.receive(8 * KIB)
+        client.vanish()
+        await served.gone()
+        assert released(served) == []
+
+
 async def test_a_reply_to_nobody_releases_nothing() -> None:
     async with room(session="n") as served:
         device = served.devices["vda"]
@@ -348,7 +365,7 @@ async def test_it_is_found_and_not_listed() -> None:
         assert names == [b"vda", b"vda@n"]
         served.listen("b", backup_only=True)
         client = await served.client("vda@n+once", listener="b")
-        assert client.export.description.endswith("; what is read is released")
+        assert client.export.description.endswith(", what is read is released")
 
 
 async def test_requests_by_either_way_count_as_use() -> None:
