@@ -26,7 +26,7 @@ SECONDS ?= 60
 WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 SPREAD := $(if $(PYTEST),$(PYTEST),-n $(WORKERS) --dist loadfile)
 
-.PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress kills kills-pull guest bare bench bench-scale coverage mutate dist drawings clean
+.PHONY: help venv tools demo test lint format simulate explore interop differential fuzz stress kills kills-pull guest bare bench bench-storm bench-scale coverage mutate dist drawings clean
 
 help:  ## this text
 	@echo "fleecenbd - make targets:"
@@ -42,7 +42,7 @@ help:  ## this text
 	@echo "  DEMO='--size 64'        options for the demo"
 	@echo "  ORDERS='--scenario stat_trim'        options for explore"
 	@echo "  MUTATE='engine --sample 40 --seed 7' options for mutate"
-	@echo "  BENCH='--rows p99'                   options for bench, bench-scale"
+	@echo "  BENCH='--rows p99'                   options for bench, bench-storm, bench-scale"
 
 venv: $(READY)  ## set up only: missing packages (root or sudo), then .venv; runs once
 
@@ -119,9 +119,16 @@ guest: $(TOOLS)  ## a Linux guest on the guest export: backups, discards, restar
 bare:  ## the README's commands on a bare Debian: DEBIAN=12 or 13 (root)
 	sh scripts/bare.sh $(DEBIAN)
 
-bench: $(if $(PEERS),,$(TOOLS))  ## fleecenbd beside QEMU and nbdkit: a table; QUICK=1 KEEP=1 STRICT=1 BENCH='--rows p99' PEERS=trixie
-	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m benchmarks \
+BENCH_PYTHON := $(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON))
+
+# The storm has options of its own: BENCH=... is for the rows, and alone then.
+bench: $(if $(PEERS),,$(TOOLS))  ## fleecenbd beside QEMU and nbdkit, and under a storm: tables; QUICK=1 KEEP=1 STRICT=1 BENCH='--rows p99' PEERS=trixie
+	$(BENCH_PYTHON) -m benchmarks \
 	    $(if $(QUICK),--quick) $(if $(KEEP),--keep) $(if $(STRICT),--strict) $(BENCH)
+	$(if $(BENCH),,$(BENCH_PYTHON) -m benchmarks.storm $(if $(QUICK),--quick) $(if $(KEEP),--keep))
+
+bench-storm: $(TOOLS)  ## the second part of bench alone: pulls under a write storm; QUICK=1 KEEP=1 BENCH='--rate 60'
+	$(PYTHON) -m benchmarks.storm $(if $(QUICK),--quick) $(if $(KEEP),--keep) $(BENCH)
 
 bench-scale: $(TOOLS)  ## what grows with disk size, sessions, clients and fragmentation; KEEP=1 BENCH='--only disk'
 	$(PYTHON) -m benchmarks.scale $(if $(KEEP),--keep) $(BENCH)
