@@ -31,6 +31,8 @@ from tests.serving import FLEECENBD, START_TIMEOUT_S
 SIZE = 24 * MIB + 12288
 RATE = "24M"
 KILLS_MAX = 5
+KINDS = ("raw", "qcow2", "nbd")
+"""Of targets, by turns: a file, a qcow2 file, the export of an NBD server that stays."""
 PULL_TIMEOUT_S = 120.0
 LOG_LENGTH_MAX = 4000
 
@@ -81,7 +83,11 @@ class PullRun:
         self.met = met
         self.dice = random.Random(f"pull kills {seed}")
         self.image = folder / "vda.raw"
-        self.target = folder / "out.raw"
+        self.kind = KINDS[seed % len(KINDS)]
+        self.target = folder / f"out.{self.kind}"
+        """The file's name once it is complete; an export has none."""
+        self.journal = Path(f"{self.target}.journal")
+        self.nbd: subprocess.Popen[bytes] | None = None
         self.socket = folder / "f.sock"
         self.log = (folder / "log").open("ab")
         self.server: subprocess.Popen[bytes] | None = None
@@ -116,11 +122,26 @@ class PullRun:
             assert time.monotonic() < deadline, "the server did not get ready"
             time.sleep(0.005)
 
+    def start_target(self) -> str:
+        """What the target is called; an export's server is started."""
+        if self.kind != "nbd":
+            return f"qcow2:{self.target}" if self.kind == "qcow2" else str(self.target)
+        with (self.folder / "exported.raw").open("wb") as file:
+            file.truncate(SIZE)
+        socket, ready = self.folder / "t.sock", self.folder / "t.pid"
+        command = ["qemu-nbd", "-f", "raw", "-t", "-e", "8", "-x", "", "-k", socket]
+        command += ["--pid-file", ready, self.folder / "exported.raw"]
+        self.nbd = subprocess.Popen(command, stdout=self.log, stderr=self.log)
+        while not ready.exists():
+            assert self.nbd.poll() is None, "qemu-nbd did not start"
+            time.sleep(0.005)
+        return f"nbd+unix:///?socket={socket}"
+
     def start_client(self) -> None:
         """With --resume where an earlier one has begun."""
-        words = ["pull", self.uri("vda@n"), str(self.target)]
+        words = ["pull", self.uri("vda@n"), self.name, "--journal", str(self.journal)]
         words += ["--rate", RATE, "--checksum", "blake2b", "--progress", "json", "--retries", "8"]
-        if Path(f"{self.target}.journal").exists():
+        if self.journal.exists():
             words.append("--resume")
             self.met["resumes"] += 1
         self.client = subprocess.Popen(
@@ -147,6 +168,7 @@ class PullRun:
     def run(self) -> None:
         """AssertionError says what was violated."""
         self.start_server()
+        self.name = self.start_target()
         snapshot = self.folder / "snapshot.raw"
         snapshot.write_bytes(self.image.read_bytes())
         Control(f"{self.socket}.control").call("PUT", "sessions/n")
@@ -158,13 +180,26 @@ class PullRun:
         finally:
             guest.stop()
         self.met["guest writes"] += guest.writes
-        assert first_difference(self.target, snapshot) is None, first_difference(
-            self.target, snapshot
-        )
+        self.met[f"to {self.kind}"] += 1
+        difference = first_difference(self._as_raw(), snapshot)
+        assert difference is None, difference
         left = {path.name for path in self.folder.iterdir() if path.name.startswith("out")}
-        assert left == {"out.raw", "out.raw.blake2b"}, left
+        if self.kind == "nbd":
+            assert left == {self.journal.name}, left
+            return
+        assert left == {self.target.name, f"{self.target.name}.blake2b"}, left
         checksum = Path(f"{self.target}.blake2b")
         assert f"root {recomputed(checksum, snapshot)}\n" in checksum.read_text()
+
+    def _as_raw(self) -> Path:
+        """What the target shows."""
+        if self.kind == "raw":
+            return self.target
+        shown = self.folder / "exported.raw"
+        if self.kind == "qcow2":
+            command = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", self.target, shown]
+            subprocess.run(command, check=True)
+        return shown
 
     def _pull(self) -> None:
         self.start_client()
@@ -210,14 +245,14 @@ class PullRun:
             self.start_server()
         if who != "server":
             self.client = None
-            if self.target.exists() and not Path(f"{self.target}.journal").exists():
+            if self.target.exists() and not self.journal.exists():
                 self.met["killed when it was complete"] += 1
             else:
                 self.start_client()
 
     def close(self) -> None:
         """Nobody is left."""
-        for process in (self.client, self.server):
+        for process in (self.client, self.server, self.nbd):
             if process is not None and process.poll() is None:
                 process.kill()
                 process.wait()

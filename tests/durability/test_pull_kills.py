@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.durability.pull_kills import run
+from tests.durability.pull_kills import KINDS, run
 
 
 def test_a_pull_sits_out_kills_of_client_server_and_both(tmp_path: Path) -> None:
@@ -14,4 +14,6 @@ def test_a_pull_sits_out_kills_of_client_server_and_both(tmp_path: Path) -> None
     assert met["kills"] >= 5
     for who in ("client", "server", "both"):
         assert met[f"killed {who}"] > 0
+    for kind in KINDS:
+        assert met[f"to {kind}"] > 0
     assert met["resumed with something durable"] > 0
