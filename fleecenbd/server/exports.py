@@ -40,6 +40,8 @@ DIRTY_BITMAP = "qemu:dirty-bitmap:"
 
 READ_ONCE = "+once"
 """What the name of an export ends with whose READs release. No other name has a plus sign."""
+RELEASES_READS = ", what is read is released"
+"""The end of such an export's description."""
 
 BLOCK_PREFERRED = 64 << 10
 """Bytes."""
@@ -205,7 +207,7 @@ class FleecingExport:
         export.info = replace(
             self.info,
             name=f"{self.info.name}{READ_ONCE}",
-            description=f"{self.info.description}, what is read is released",
+            description=self.info.description.removesuffix(RELEASES_READS) + RELEASES_READS,
         )
         return export
 

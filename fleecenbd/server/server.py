@@ -23,7 +23,7 @@ from fleecenbd.server.catalog import Exports
 from fleecenbd.server.clients import Client, Clients
 from fleecenbd.server.connection import Connection
 from fleecenbd.server.ending import STOP_DEADLINE_S, stop_server
-from fleecenbd.server.exports import Export, FleecingExport, GuestExport
+from fleecenbd.server.exports import RELEASES_READS, Export, FleecingExport, GuestExport
 from fleecenbd.server.guest_records import GuestRecords
 from fleecenbd.server.limits import ServerLimits
 from fleecenbd.server.listeners import Listeners
@@ -238,6 +238,8 @@ class Server:
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(session.armed_at))
         for fleece in session.fleeces:
             text = f"{fleece.disk.name} as of {moment}, session {session.name} {session.id}"
+            if session.options.read_once:
+                text += RELEASES_READS
             export = FleecingExport(
                 fleece,
                 description=text if fleece.broken is None else f"{text}, broken",

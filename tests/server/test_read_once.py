@@ -68,6 +68,9 @@ async def test_every_read_of_a_session_that_is_read_once_is_one(mode: str) -> No
     async with room(session="n", options=SessionOptions(read_once=True)) as served:
         client = await served.client("vda@n", mode)
         assert await client.read(0, SIZE) == pattern(SIZE)
+        for name in ("vda@n", "vda@n+once"):
+            info = served.server.exports.find(name, True).info
+            assert info.description.count(", what is read is released") == 1
         await served.settled()
         assert released(served) == [(0, SIZE)]
         assert fleece(served).stats.reads_once == 1
