@@ -111,7 +111,7 @@ def begin(
         bool,
         typer.Option(
             "--read-once",
-            help="Release what was read, as soon as the client's kernel has it, in whole clusters: "
+            help="Release what was read as soon as it is handed to the socket, in whole clusters: "
             "for nbdcopy and others that send no TRIM. What is read twice is refused, so nothing "
             "may probe first, or retry. DISK@SESSION+once is the same, for one client.",
         ),
