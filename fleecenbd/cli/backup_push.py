@@ -43,14 +43,23 @@ class PushDisk(PullDisk):
                 logs.report(f"{work.disk}: the server's job {job['id']}")
             try:
                 job = await watch(self._client, job["id"], told)
-            except asyncio.CancelledError:
-                job = await to_its_end(self._cancel(job))
-                if job["state"] != "complete":
-                    raise
+            except asyncio.CancelledError as interrupted:
+                job = await self._cancelled(job, interrupted)
         error = outcome(job)
         if error is not None:
             raise CommandError(error)
         return done_of(job)
+
+    async def _cancelled(self, job: Any, interrupted: asyncio.CancelledError) -> Any:
+        """The job, complete all the same; else ``interrupted`` is raised once it has ended."""
+        try:
+            job = await to_its_end(self._cancel(job))
+        except CommandError as error:
+            logs.report(f"job {job['id']} could not be cancelled: {error}")
+            raise interrupted from None
+        if job["state"] != "complete":
+            raise interrupted
+        return job
 
     async def _cancel(self, job: Any) -> Any:
         """End it; as it is once it has ended. What it has left is the session's, and goes with
