@@ -68,6 +68,7 @@ class Backing:
 
     def killed(self, *words: str | Path) -> None:
         """One that is killed while it copies."""
+        self.guests[0].wait(20)  # there is something to copy, for seconds
         command = [FLEECENBD, "backup", *words, "--rate", "64k", "--progress", "json"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -146,6 +147,7 @@ def test_a_chain_goes_on_over_failures_of_every_kind(
         backing.good(*night(3))
         # The session breaks.
         words = ("--temp-limit", "4k", "--no-trim", "--rate", "64k", "--cbw-timeout", "1")
+        backing.guests[0].wait(20)
         _, err = backing.call(*night(4), *words, status=1)
         assert "temp image" in err
         backing.good(*night(4))
