@@ -146,7 +146,7 @@ def test_a_chain_goes_on_over_failures_of_every_kind(
         backing.killed(*night(3))
         backing.good(*night(3))
         # The session breaks.
-        words = ("--temp-limit", "4k", "--no-trim", "--rate", "64k", "--cbw-timeout", "1")
+        words = ("--temp-limit", "4k", "--no-trim", "--rate", "8k", "--cbw-timeout", "1")
         backing.guests[0].wait(20)
         _, err = backing.call(*night(4), *words, status=1)
         assert "temp image" in err
