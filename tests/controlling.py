@@ -27,5 +27,6 @@ class Control(http.client.HTTPConnection):
         self.request(method, f"/v1/{path}", json.dumps(body) if body else None)
         answer = self.getresponse()
         content = answer.read()
+        self.close()  # the server ends a connection that is idle for long
         assert answer.status in (200, 201), content
         return json.loads(content)
