@@ -546,11 +546,12 @@ def test_a_pushed_disk_is_copied_by_the_server_under_its_own_control(
 
 def test_guests_wait_for_no_slow_target_of_a_push(backups: Backups, tmp_path: Path) -> None:
     """Every write of the target takes 200 ms; the guest's take a few milliseconds."""
-    sock = tmp_path / "slow"
-    nbdkit = ("nbdkit", "-f", "--exit-with-parent", "-U", sock, "--filter=delay", "memory")
+    sock, listens = tmp_path / "slow", tmp_path / "pid"
+    nbdkit = ("nbdkit", "-f", "--exit-with-parent", "-U", sock, "-P", listens)
+    nbdkit += ("--filter=delay", "memory")
     with subprocess.Popen([*nbdkit, str(SIZE), "wdelay=200ms"]) as slow:
         try:
-            while not sock.exists():
+            while not listens.exists():
                 assert slow.poll() is None
                 time.sleep(0.01)
             words = ("vda", f"nbd+unix:///?socket={sock}", "--push", "--progress", "json")
