@@ -45,7 +45,7 @@ fleecenbd pull --resume 'nbd+unix:///vda@nightly?socket=/run/vm.sock' /backup/vd
 
 fleecenbd pull --checksum blake2b --verify --rate 100M nbd://host/vda@nightly qcow2:vda.qcow2
 
-fleecenbd pull --bitmap chain 'nbd+unix:///vda@tue?socket=/run/vm.sock' /dev/backup/vda
+fleecenbd pull --bitmap chain --force 'nbd+unix:///vda@tue?socket=/run/vm.sock' /dev/backup/vda
 """
 
 Connections = Annotated[
@@ -185,8 +185,9 @@ def pull(
             "--bitmap",
             metavar="NAME",
             show_default=False,
-            help="Copy only what is dirty in this bitmap of the session; the rest of the target "
-            "is left alone.",
+            help="Copy only what is dirty in this bitmap of the session. The rest of a device or "
+            "an NBD export is left alone; a file is a new one, with holes there (for increments: "
+            "fleecenbd backup).",
         ),
     ] = None,
     compress: Annotated[
