@@ -120,7 +120,7 @@ class Backup:
     async def _left_over(self) -> dict[str, Any] | None:
         """The session to go on with; None: a new one is to be begun."""
         resume = self._ask.resume
-        shown = await self._session.left()
+        shown = await self._session.left(keep=resume)
         if shown is None:
             if resume:
                 raise CommandError(

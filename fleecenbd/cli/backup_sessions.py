@@ -69,8 +69,10 @@ class BackupSession:
                 return dict(shown)
         return None
 
-    async def left(self) -> dict[str, Any] | None:
+    async def left(self, *, keep: bool) -> dict[str, Any] | None:
         """The session that a run which was killed has left; it is this run's from now on.
+
+        ``keep``: what its jobs have made durable stays, to be gone on with.
 
         None: there is none. Raises CommandError where another run, or somebody else, has it.
         """
@@ -81,11 +83,11 @@ class BackupSession:
         if not is_backup(owner):
             raise CommandError(
                 f"there is a session called {self.name}, and it is not of fleecenbd backup; "
-                f"finish it (fleecenbd session finish {self.name}), or take another name with "
-                "--session"
+                f"finish it (fleecenbd session finish {self.name}, and with --failed what it was "
+                "for counts as not made), or take another name with --session"
             )
         if not is_alive(owner):
-            await self._end_jobs(shown["id"])
+            await self._end_jobs(shown["id"], keep=keep)
         if is_alive(owner) or await self._has_clients(shown):
             raise CommandError(
                 f"another backup is at work in session {self.name}; wait for it, or take another "
@@ -99,12 +101,12 @@ class BackupSession:
             raise CommandError(f"another backup goes on with session {self.name}") from None
         return shown
 
-    async def _end_jobs(self, session_id: str) -> None:
-        """Those that a killed run has started go on without it: they keep what is durable."""
+    async def _end_jobs(self, session_id: str, *, keep: bool) -> None:
+        """Those that a killed run has started go on without it."""
         listed = await self._client.call("GET", "jobs")
         for job in listed["jobs"]:
             if job["session_id"] == session_id and job["ended_at"] is None:
-                await self._client.call("POST", "jobs", job["id"], "cancel")
+                await self._client.call("POST", "jobs", job["id"], "cancel", body={"keep": keep})
 
     async def _has_clients(self, shown: Mapping[str, Any] | None) -> bool:
         """Does somebody read from it, and go on reading?"""

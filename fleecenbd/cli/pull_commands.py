@@ -235,7 +235,7 @@ def pull(
         typer.Option(
             "--commands",
             hidden=True,
-            help="Lines of JSON on stdin: pause, resume, rate, cancel; its end cancels, and keeps.",
+            help="Lines of JSON on stdin: pause, resume, rate, keep, cancel; its end cancels, and keeps.",
         ),
     ] = False,
 ) -> None:

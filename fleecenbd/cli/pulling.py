@@ -17,9 +17,10 @@ from fleecenbd.cli.errors import CommandError, one_line
 from fleecenbd.cli.process import keep_buffers_on_the_heap, start_collecting
 from fleecenbd.cli.pull_view import PullView
 from fleecenbd.client.controls import Controls
+from fleecenbd.client.endpoints import OpenTarget
 from fleecenbd.client.events import Event, Failed
 from fleecenbd.client.options import PullOptions
-from fleecenbd.client.pull import OpenTarget, pull
+from fleecenbd.client.pull import pull
 from fleecenbd.client.telling import text_of
 
 INTERRUPTED = 130
@@ -154,7 +155,8 @@ def listen(controls: Controls, task: asyncio.Task[Any]) -> None:
 
 
 def obey(line: str, controls: Controls, task: asyncio.Task[Any]) -> None:
-    """One line: {"command":"pause"}, resume, rate with bytes_per_s, or cancel."""
+    """One line: {"command":"pause"}, resume, rate with bytes_per_s, keep (what is durable,
+    however it ends), or cancel."""
     try:
         words = json.loads(line)
         command = words["command"]
@@ -167,6 +169,8 @@ def obey(line: str, controls: Controls, task: asyncio.Task[Any]) -> None:
             if rate is not None and not float(rate) > 0:
                 raise ValueError("bytes_per_s is more than 0, or null")
             controls.set_rate(None if rate is None else float(rate))
+        elif command == "keep":
+            controls.keeps = True
         elif command == "cancel":
             task.cancel()
         else:

@@ -32,6 +32,7 @@ from typing import Protocol, TypeAlias
 from fleecenbd.engine.zeroes import ZEROES
 from fleecenbd.storage.device import Buffer
 
+FIRST_LINE = b"fleecenbd checksum 1\n"
 BLOCK_SIZE = 1 << 20
 """Bytes of a block. A part of the format."""
 
@@ -132,7 +133,7 @@ def checksum_text(
 ) -> str:
     """What ``TARGET.ALGORITHM`` says; ``ranges``: (offset, length), of a pull of dirty ranges."""
     lines = [
-        "fleecenbd checksum 1",
+        FIRST_LINE.decode().rstrip(),
         f"algorithm {algorithm}",
         f"block {BLOCK_SIZE}",
         f"size {size}",

@@ -137,6 +137,11 @@ class CopyLoop:
         return self._io.read if self._reads_once else self._releasing.released
 
     @property
+    def releases(self) -> bool:
+        """Whether anything is released at all."""
+        return self._reads_once or self._releasing.enabled
+
+    @property
     def data_left(self) -> int:
         """Bytes that are still to be read, or written and not durable: an estimate."""
         again = sum(item.data_length for item in self._again)

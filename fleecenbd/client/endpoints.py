@@ -8,8 +8,10 @@ time, and end in any order; calls that overlap are the caller's business. Extent
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import Protocol
 
+from fleecenbd.client.options import Backing
 from fleecenbd.storage.device import Buffer, Data, Extent
 
 
@@ -109,6 +111,41 @@ class Target(Protocol):
 
     async def discard(self) -> None:
         """Close, and remove what this pull has made."""
+
+
+class OpenSource(Protocol):
+    """As ``source.open_source``."""
+
+    async def __call__(
+        self,
+        uri: str,
+        *,
+        contexts: tuple[str, ...],
+        connections: int | None,
+        requests: int | None,
+        retries: int,
+        tell: Callable[[str], None],
+    ) -> Source:
+        """Raises OSError."""
+
+
+class OpenTarget(Protocol):
+    """As ``targets.open_target``."""
+
+    async def __call__(
+        self,
+        text: str,
+        size: int,
+        *,
+        force: bool,
+        resume: bool,
+        compress: bool,
+        backing: Backing | None,
+        connections: int | None,
+        retries: int,
+        tell: Callable[[str], None],
+    ) -> Target:
+        """Raises OSError."""
 
 
 def check_session(source: Source, session_id: str) -> None:

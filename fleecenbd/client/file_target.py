@@ -131,11 +131,16 @@ def check_file(path: str, *, force: bool, resume: bool) -> None:
     if not stat.S_ISREG(mode):
         raise OSError(errno.EEXIST, f"{part} is there and no file; remove it", path)
     if not resume and not force:
-        raise FileExistsError(
-            errno.EEXIST,
-            f"{part} is there, from another pull: keep it, remove it, or begin anew with --force",
-            path,
-        )
+        raise other_part(part, path)
+
+
+def other_part(part: str, path: str) -> OSError:
+    """PATH.part is there, and nobody can tell what of it is durable."""
+    return FileExistsError(
+        errno.EEXIST,
+        f"{part} is there, from another pull: keep it, remove it, or begin anew with --force",
+        path,
+    )
 
 
 def _check_final(path: str, *, force: bool) -> None:
@@ -203,6 +208,8 @@ def open_file(path: str, size: int, *, force: bool, resume: bool) -> FileTarget:
         descriptor = make_part(path, force=force)
     try:
         _check_unused(descriptor, path)
+        if resume:
+            _check_length(descriptor, part, size, path)
         os.ftruncate(descriptor, size)
         os.fsync(descriptor)
         sync_folder(part)
@@ -218,6 +225,18 @@ def open_file(path: str, size: int, *, force: bool, resume: bool) -> FileTarget:
             ) from None
         raise
     return FileTarget(path, descriptor, part=part, is_zero=not resume, force=force)
+
+
+def _check_length(descriptor: int, part: str, size: int, path: str) -> None:
+    """A file has its whole length before anything in it is called durable."""
+    found = os.fstat(descriptor).st_size
+    if found != size:
+        raise OSError(
+            errno.EIO,
+            f"nothing can be resumed: {part} has {found} bytes, and had {size}: it was changed "
+            "since, and what was durable in it is not to be trusted; begin anew with --force",
+            path,
+        )
 
 
 def open_block_device(path: str, size: int, *, force: bool, resume: bool) -> FileTarget:

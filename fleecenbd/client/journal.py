@@ -60,6 +60,10 @@ class Header(msgspec.Struct, frozen=True):
     """Of the checksums."""
     force: bool = False
     """What has the target's name already is replaced."""
+    verify: bool = False
+    """It is not complete before it was read back, and compared."""
+    checksum: bool = False
+    """The checksum is written beside it."""
     journal: int = VERSION
 
 
@@ -171,6 +175,13 @@ class Journal:
         self.digests.update(digests)
         if self._length > max(COMPACT_LENGTH_MIN, 2 * self._compact_length):
             await self.begin()
+
+    async def forget(self, blocks: Iterable[int]) -> None:
+        """These are not durable after all; returns when that is durable here."""
+        for block in blocks:
+            self.durable.bits[block] = 0
+            self.digests.pop(block, None)
+        await self.begin()
 
     async def set_mark(self, mark: str) -> None:
         """COMPLETING or COMPLETE, durably."""

@@ -2,9 +2,13 @@
 
 journal  PATH.part  PATH      without --resume                 with --resume
 -        -          -         a new pull                       refused: there is nothing
--        yes        any       refused, or --force (targets)    refused: nothing is known of it
+-        yes        any       refused, or --force              refused: nothing is known of it
 yes      any        any       refused, or --force              goes on, in the same session
 complete -          yes       (a kill came just then)          done already
+
+Without --force there is no journal beside a PATH.part that is somebody else's. So beside a journal
+PATH.part is this pull's, and as long as nothing is durable it is made anew: a kill may have come
+when it was half made.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
+from fleecenbd.client import checksums
+from fleecenbd.client.file_target import other_part
 from fleecenbd.client.journal import COMPLETE, COMPLETING, Header, Journal
 from fleecenbd.client.journal_file import DurableFile, sync_folder
 from fleecenbd.client.options import ONCE, QCOW2, Places, PullOptions, path_of
@@ -49,6 +55,9 @@ def check(options: PullOptions, places: Places) -> None:
             "with --force; what it has released can be read nowhere else",
             options.target,
         )
+    if has_part and not options.force:
+        assert places.part is not None, "it is there"
+        raise other_part(places.part, options.target)
 
 
 def open_journal(path: str) -> DurableFile:
@@ -78,6 +87,8 @@ def take_up(
             algorithm=journal.header.algorithm,
             target=journal.header.target,
             force=header.force or journal.header.force,
+            verify=header.verify or journal.header.verify,
+            checksum=header.checksum or journal.header.checksum,
         )
         return journal
     if file.content:
@@ -124,14 +135,22 @@ def _check_same(old: Header, new: Header, options: PullOptions) -> None:
     if old.bitmap != new.bitmap:
         raise OSError(
             errno.EINVAL,
-            f"what is there was begun {_with('--bitmap', old.bitmap)}; resume it so",
+            f"what is there was begun {_with('--bitmap', old.bitmap)}; resume it "
+            f"{_with('--bitmap', old.bitmap)}",
             target,
         )
-    if new.algorithm is not None and old.algorithm != new.algorithm:
+    if new.algorithm is not None and old.algorithm is None:
         raise OSError(
             errno.EINVAL,
-            f"what is there was begun {_with('--checksum or --verify', old.algorithm)}, and what "
-            "it has released cannot be read again; resume it so",
+            "what is there was begun without --checksum and --verify, and what it has released "
+            "cannot be read again; resume it without them",
+            target,
+        )
+    if options.checksum is not None and old.algorithm != options.checksum:
+        raise OSError(
+            errno.EINVAL,
+            f"what is there has {old.algorithm} checksums, and what it has released cannot be read "
+            f"again; resume it with --checksum {old.algorithm}, or leave that out",
             target,
         )
 
@@ -214,8 +233,32 @@ def has_part(options: PullOptions, journal: Journal, places: Places) -> bool:
     """Whether the target is to be opened as an earlier pull has left it."""
     if not options.resume:
         return False
-    # Without anything durable it may have been killed before the target was made.
-    return journal.durable.bits.any() or places.part is None or os.path.lexists(places.part)
+    return places.part is None or bool(journal.durable.bits.any())
+
+
+def remove_part(places: Places) -> None:
+    """What a pull has left of which nothing is durable. Raises OSError."""
+    if places.part is not None:
+        with suppress(FileNotFoundError):
+            os.unlink(places.part)
+
+
+def remove_checksums(places: Places, *, but: str | None) -> None:
+    """What is beside the target, and true of what had its name before. Raises OSError.
+
+    ``but``: the algorithm whose checksum was written just now.
+    """
+    for algorithm in checksums.algorithms():
+        path = places.checksum(algorithm)
+        if algorithm == but or path is None:
+            continue
+        try:
+            with open(path, "rb") as file:
+                is_ours = file.read(len(checksums.FIRST_LINE)) == checksums.FIRST_LINE
+        except FileNotFoundError:
+            continue
+        if is_ours:
+            os.unlink(path)
 
 
 def write_durably(path: str, content: bytes) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from array import array
+from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
@@ -147,6 +148,8 @@ class Plan:
         """Bytes that the server held in its temp image during ``scan``."""
         self.dirty = array("Q") if bitmap is not None else None
         """Offset, length, offset, length … of what is dirty; None: everything is wanted."""
+        self._offsets: array[int] | None = None
+        """Those of ``dirty``, once somebody looks for one."""
         self._source = source
         self._bitmap = None if bitmap is None else f"{DIRTY}{bitmap}"
         self._align = align
@@ -231,6 +234,21 @@ class Plan:
                 "backup with holes; begin a new session, and pull that"
             )
         return OSError(errno.EINVAL, text, self._source.name)
+
+    def wanted_bytes(self, offset: int, length: int) -> int:
+        """Of this range. After ``scan``."""
+        if self.dirty is None:
+            return length
+        if self._offsets is None:
+            self._offsets = self.dirty[::2]
+        offsets, end = self._offsets, offset + length
+        found = 0
+        for run in range(max(0, bisect_right(offsets, offset) - 1), len(offsets)):
+            start = offsets[run]
+            if start >= end:
+                break
+            found += max(0, min(end, start + self.dirty[2 * run + 1]) - max(offset, start))
+        return found
 
     # -- the map -------------------------------------------------------------------------------
 

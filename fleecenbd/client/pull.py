@@ -11,63 +11,28 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol, TypeAlias
+from dataclasses import replace
+from typing import TypeAlias
 
 from fleecenbd.client import checksums, leftovers
 from fleecenbd.client.block_io import READ_LENGTH_MAX
 from fleecenbd.client.checksums import BLOCK_SIZE, Checksums
 from fleecenbd.client.controls import Controls
 from fleecenbd.client.copy_loop import BATCH_LENGTH, IN_FLIGHT_LENGTH_MAX, CopyLoop
-from fleecenbd.client.endpoints import Source, Target, check_session
+from fleecenbd.client.endpoints import OpenSource, OpenTarget, Source, Target, check_session
 from fleecenbd.client.events import Checksum, Done, Event, Failed, Note, OnEvent, Start
 from fleecenbd.client.journal import COMPLETE, COMPLETING, Header, Journal
 from fleecenbd.client.journal_file import DurableFile
-from fleecenbd.client.options import Backing, PullOptions, find_places, source_uri
+from fleecenbd.client.options import PullOptions, find_places, source_uri
 from fleecenbd.client.plan import ACCESS, DIRTY, Plan
 from fleecenbd.client.telling import Telling, full_text, text_of
-from fleecenbd.client.verify import verify, wanted_blocks
+from fleecenbd.client.verify import Differs, verify, wanted_blocks
 
 STOP_TIMEOUT_S = 10.0
 """Seconds that a pull which was cancelled takes to make durable what it has in hand."""
 
 Summary: TypeAlias = Done
-
-
-class OpenSource(Protocol):
-    """As ``source.open_source``."""
-
-    async def __call__(
-        self,
-        uri: str,
-        *,
-        contexts: tuple[str, ...],
-        connections: int | None,
-        requests: int | None,
-        retries: int,
-        tell: Callable[[str], None],
-    ) -> Source:
-        """Raises OSError."""
-
-
-class OpenTarget(Protocol):
-    """As ``targets.open_target``."""
-
-    async def __call__(
-        self,
-        text: str,
-        size: int,
-        *,
-        force: bool,
-        resume: bool,
-        compress: bool,
-        backing: Backing | None,
-        connections: int | None,
-        retries: int,
-        tell: Callable[[str], None],
-    ) -> Target:
-        """Raises OSError."""
 
 
 def ignore(_event: Event) -> None:
@@ -195,8 +160,11 @@ class _Pull:
             bitmap=options.bitmap,
             algorithm=options.checksum or (checksums.DEFAULT_ALGORITHM if options.verify else None),
             force=options.force,
+            verify=options.verify,
+            checksum=options.checksum is not None,
         )
         journal = leftovers.take_up(file, header, options, places, self._note)
+        options = self._options = self._as_begun(journal.header)
         plan = Plan(source, journal.durable, bitmap=options.bitmap, align=self._align(source))
         try:
             await plan.scan()
@@ -207,6 +175,8 @@ class _Pull:
         if leftovers.is_done(journal, places):
             return await self._already_done(plan, journal)
         resumes = leftovers.has_part(options, journal, places)
+        if options.resume and not resumes:
+            leftovers.remove_part(places)
         try:
             await journal.begin()
             target = await self._find_open_target()(
@@ -230,6 +200,17 @@ class _Pull:
             if not self._is_complete:
                 await self._leave(journal, target)
             raise
+
+    def _as_begun(self, header: Header) -> PullOptions:
+        """What was asked for when it was begun is asked for still."""
+        options = self._options
+        if header.verify and not options.verify:
+            self._note("it was begun with --verify: it is read back, and compared, at the end")
+            options = replace(options, verify=True)
+        if header.checksum and options.checksum is None:
+            self._note(f"it was begun with --checksum {header.algorithm}: that is written")
+            options = replace(options, checksum=header.algorithm)
+        return options
 
     def _align(self, source: Source) -> int:
         return min(source.cluster, BLOCK_SIZE) if self._options.read_once else 1
@@ -303,7 +284,7 @@ class _Pull:
             if sums is not None:
                 if options.verify:
                     self._note(f"everything is durable; {target.name} is read back")
-                    await verify(target, plan, sums, journal.digests)
+                    await self._verify(target, plan, sums, journal, releases=copying.releases)
                 blocks = (block for block, _ in wanted_blocks(plan))
                 if options.checksum is not None:
                     root = Checksum(sums.algorithm, sums.root(blocks, journal.digests))
@@ -312,11 +293,28 @@ class _Pull:
             self.done = telling.done(root, verified=options.verify)
         return self.done
 
+    async def _verify(
+        self, target: Target, plan: Plan, sums: Checksums, journal: Journal, *, releases: bool
+    ) -> None:
+        """Read it back. Raises Differs: what can be read once more is copied again then."""
+        try:
+            await verify(target, plan, sums, journal.digests)
+        except Differs as error:
+            if releases:
+                self._note(
+                    "what differs was released, and cannot be copied again: --resume compares once "
+                    "more; if it differs again, pull from a new session, to another target"
+                )
+            else:
+                await journal.forget(error.blocks)
+            raise
+
     async def _finish(self, journal: Journal, target: Target) -> None:
         """Give the target its name. Cancelled meanwhile, it is complete all the same."""
 
         async def finish() -> None:
             await journal.set_mark(COMPLETING)
+            leftovers.remove_checksums(self._places, but=self._options.checksum)
             await target.complete()
             self._is_complete = True
             if self._places.file is not None:

@@ -216,7 +216,16 @@ async def open_qcow2(
     whole, rounded = (-(-size // unit) * unit for unit in (SECTOR, CLUSTER))
     if resume:
         # A kill leaves clusters that nobody refers to, at worst: what is durable is not touched.
-        await _run(path, "qemu-img", "check", "-q", "-f", "qcow2", "-r", "leaks", part, good=(0, 3))
+        check = ("qemu-img", "check", "-q", "-f", "qcow2", "-r", "leaks", part)
+        try:
+            await _run(path, *check, good=(0, 3))
+        except OSError as error:
+            raise OSError(
+                errno.EIO,
+                f"nothing can be resumed: {part} cannot be used any more, it was changed since "
+                f"({error.strerror}); begin anew with --force",
+                path,
+            ) from error
         if compress:
             tell("what is added is not compressed: compressed clusters are written once only")
     else:
@@ -276,7 +285,7 @@ async def _run(path: str, *command: str, good: Sequence[int] = (0,)) -> None:
         raise
     if process.returncode not in good:
         text = " ".join(said.decode(errors="replace").split())
-        raise OSError(errno.EIO, text or f"{command[0]} failed", path)
+        raise OSError(errno.EIO, text[:SAID_MAX] or f"{command[0]} failed", path)
 
 
 async def _serve(path: str, part: str, *, compress: bool) -> tuple[NbdTarget, _Child]:

@@ -41,11 +41,12 @@ class Releasing:
         The plan has been scanned.
         """
         self.released = 0
-        """Bytes."""
+        """Bytes, of what was wanted: the rest of these clusters could not be read in any case."""
         self._source = source
+        self._plan = plan
         self._durable = plan.durable
         self._failed = failed
-        self._enabled = enabled and source.can_trim
+        self.enabled = enabled and source.can_trim
         self._per_cluster = max(1, source.cluster // plan.block_size)
         blocks = plan.durable.clusters
         durable, wanted = plan.durable.bits[:blocks], plan.wanted.bits[:blocks]
@@ -68,7 +69,7 @@ class Releasing:
     async def release(self) -> None:
         """Release what was added since the last time; returns when that is done."""
         blocks, self._ready = joined(self._ready), []
-        if not self._enabled:
+        if not self.enabled:
             return
         turn = asyncio.Semaphore(TRIMS_MAX)
 
@@ -79,7 +80,7 @@ class Releasing:
                 except OSError as error:
                     self._failed(error, offset, length)
                 else:
-                    self.released += length
+                    self.released += self._plan.wanted_bytes(offset, length)
 
         await together(
             trim(start, min(TRIM_LENGTH_MAX, offset + length - start))

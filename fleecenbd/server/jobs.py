@@ -23,6 +23,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 
 from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.ids import random_uuid
@@ -245,8 +246,9 @@ class Jobs:
         job.rate = rate
         return job.view()
 
-    async def cancel(self, job_id: str) -> JobView:
-        """End it; as it is then. What is durable is kept for ``resume``.
+    async def cancel(self, job_id: str, *, keep: bool = False) -> JobView:
+        """End it; as it is then. What is durable is kept for ``resume`` where the job was asked
+        for so, and with ``keep`` in any case.
 
         Raises OSError: ENOENT, EBUSY if it has ended otherwise, EIO if its process cannot be
         killed. Cancelling this ends the waiting only.
@@ -254,6 +256,9 @@ class Jobs:
         if (view := self._ended(job_id)) is not None and view.state == CANCELLED:
             return view
         job = self._running(job_id)
+        if keep:
+            with suppress(OSError):  # it has ended, or hangs, and is ended otherwise: that keeps
+                job.process.send("keep")
         ending = self._end_child(
             job, "cancelled", command="cancel", gently_s=CANCEL_S, term_s=TERM_S
         )

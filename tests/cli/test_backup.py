@@ -311,12 +311,12 @@ def test_in_place_over_kills_it_is_always_the_old_moment_or_the_new_one(
     assert backups.is_shown_by(target)
 
 
-def _until(process: subprocess.Popen[str], kind: str, *, read: int = 0) -> None:
-    """Until it tells of such an event, and has read so much; or has ended."""
+def _until(process: subprocess.Popen[str], kind: str, **least: int) -> None:
+    """Until it tells of such an event, whose fields are that much; or has ended."""
     assert process.stdout is not None
     for line in process.stdout:
         event = json.loads(line)
-        if event["event"] == kind and event.get("read", 0) >= read:
+        if event["event"] == kind and all(event[name] >= much for name, much in least.items()):
             return
     assert process.stderr is not None
     assert process.wait() == 0, process.stderr.read()
@@ -409,8 +409,8 @@ def test_resume_goes_on_in_what_is_no_file(
         file.truncate(SIZE)
     with serving(tmp_path, f"t={image}") as target:
         words = ("vda", target.uri("t"))
-        with backups.start(*words, "--rate", "4M", "--progress", "json") as process:
-            _until(process, "progress", read=MIB)
+        with backups.start(*words, "--rate", "1M", "--progress", "json") as process:
+            _until(process, "progress", released=1)  # and it is durable here
             process.kill()
             process.communicate()
         backups.write()

@@ -124,6 +124,23 @@ async def test_how_much_data_is_left_is_known_early_and_exactly_at_the_end(
     mapping.cancel()
 
 
+@pytest.mark.parametrize("seed", range(20))
+async def test_what_is_wanted_of_a_range_is_counted(seed: int) -> None:
+    dice = random.Random(seed)
+    units = 3 * (1 << 20) // UNIT
+    source = FakeSource(bytes(units * UNIT + 100), contexts=(f"{DIRTY}b",))
+    source.dirty = {unit for unit in range(units + 1) if dice.random() < 0.3}
+    plan = Plan(source, Bitmap(source.size, 1 << 20), bitmap="b")
+    await plan.scan()
+    for _ in range(50):
+        start, end = sorted(dice.randrange(source.size + 1) for _ in range(2))
+        expected = sum(
+            max(0, min(end, unit * UNIT + _length(source, unit)) - max(start, unit * UNIT))
+            for unit in source.dirty
+        )
+        assert plan.wanted_bytes(start, end - start) == expected
+
+
 def test_a_window_shrinks_where_extents_are_many_and_grows_where_they_are_few() -> None:
     windows = Windows()
     first = windows.length

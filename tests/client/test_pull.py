@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import random
+import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
@@ -90,6 +92,10 @@ class Pulling:
 
     def notes(self) -> list[str]:
         return [event.text for event in self.events if isinstance(event, Note)]
+
+    def leave(self, content: bytes) -> None:
+        """A target that is not complete."""
+        Path(f"{self.path}.part").write_bytes(content)
 
     def left(self) -> set[str]:
         """The names of files that are there."""
@@ -721,31 +727,128 @@ async def test_the_temp_image_is_looked_at_where_the_server_tells(pulling: Pulli
     assert (await pulling(watch_temp=False)).temp_peak is None
 
 
+def _reads_back_wrong(target: FakeTarget) -> None:
+    real = target.pread
+
+    async def pread(offset: int, length: int) -> Any:
+        data = bytearray(await real(offset, length))
+        if offset in (3 * MIB, 5 * MIB):
+            data[77] ^= 1
+        return data
+
+    target.pread = pread  # type: ignore[method-assign]
+
+
 async def test_verify_names_the_place_that_differs_and_keeps_the_part(pulling: Pulling) -> None:
-    def prepare(target: FakeTarget) -> None:
-        real = target.pread
-
-        async def pread(offset: int, length: int) -> Any:
-            data = bytearray(await real(offset, length))
-            if offset == 3 * MIB:
-                data[77] ^= 1
-            return data
-
-        target.pread = pread  # type: ignore[method-assign]
-
-    pulling.targets = FakeTargets(prepare)
+    pulling.targets = FakeTargets(_reads_back_wrong)
     error = await pulling.fails(verify=True)
-    assert f"it differs first in the MiB that begins at {3 * MIB}" in error
+    assert f"it differs first in the MiB that begins at {3 * MIB}, and in 1 others" in error
+    assert any("cannot be copied again: --resume compares once more" in n for n in pulling.notes())
     assert pulling.left() == {"vm.raw.part", "vm.raw.journal"}
+    assert "and in 1 others" in await pulling.fails(verify=True, resume=True)
     pulling.targets = FakeTargets()
     assert (await pulling(verify=True, resume=True)).verified
     assert pulling.left() == {"vm.raw"}
 
 
+async def test_what_was_begun_with_verify_is_not_complete_without(pulling: Pulling) -> None:
+    pulling.targets = FakeTargets(_reads_back_wrong)
+    await pulling.fails(verify=True)
+    assert "read back, it is not what was written" in await pulling.fails(resume=True)
+    assert any("it was begun with --verify" in note for note in pulling.notes())
+    assert not pulling.path.exists()
+
+
+async def test_what_differs_is_copied_again_where_nothing_was_released(pulling: Pulling) -> None:
+    pulling.targets = FakeTargets(lambda target: _writes_wrong(target, 3 * MIB))
+    await pulling.fails(verify=True, trim=False)
+    assert not any("cannot be copied again" in note for note in pulling.notes())
+    pulling.targets = FakeTargets(is_zero=False)
+    pulling.source.reads.clear()
+    assert (await pulling(resume=True, trim=False)).verified
+    assert {offset // MIB for offset, _ in pulling.source.reads} == {3}
+    assert pulling.path.read_bytes() == pulling.source.content
+
+
+def _writes_wrong(target: FakeTarget, at: int) -> None:
+    real = target.pwrite
+
+    async def pwrite(offset: int, data: Any) -> None:
+        if offset <= at < offset + len(data):
+            data = bytearray(data)
+            data[at - offset] ^= 1
+        await real(offset, data)
+
+    target.pwrite = pwrite  # type: ignore[method-assign]
+
+
+async def test_a_checksum_that_was_asked_for_is_written_after_a_resume(pulling: Pulling) -> None:
+    await _fail_half_way(pulling, checksum="sha256")
+    assert (await pulling(resume=True)).checksum is not None
+    assert any("begun with --checksum sha256" in note for note in pulling.notes())
+    assert pulling.left() == {"vm.raw", "vm.raw.sha256"}
+
+
+async def test_verify_is_taken_up_with_the_checksums_there_are(pulling: Pulling) -> None:
+    await _fail_half_way(pulling, checksum="sha256")
+    assert "has sha256 checksums" in await pulling.fails(resume=True, checksum="md5")
+    assert (await pulling(resume=True, verify=True)).verified
+
+
+async def test_an_old_checksum_does_not_outlive_its_file(pulling: Pulling) -> None:
+    await pulling(checksum="blake2b")
+    other = pulling.path.with_name("vm.raw.sha1")
+    other.write_text("not ours\n")
+    pulling.source.released.clear()
+    await pulling(force=True)
+    assert pulling.left() == {"vm.raw", "vm.raw.sha1"}
+
+
+async def test_a_target_that_was_half_made_is_made_anew(pulling: Pulling) -> None:
+    """A kill may come while it is made: by qemu-img, say."""
+
+    def killed(target: FakeTarget) -> None:
+        os.close(target.descriptor)
+        raise KilledError
+
+    pulling.targets = FakeTargets(killed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DurableFile, "replace", _leaving(DurableFile.replace))
+        patch.setattr(DurableFile, "remove", _leaving(DurableFile.remove))
+        with pytest.raises(KilledError):
+            await pulling()
+    pulling.leave(bytes(MIB) + b"half")  # where there are zeroes
+    pulling.targets = FakeTargets()
+    await pulling(resume=True)
+    assert pulling.path.read_bytes() == pulling.source.content
+
+
+class KilledError(BaseException):
+    """The process is gone."""
+
+
+def _leaving(real: Any) -> Any:
+    """A call of a process that was killed does nothing."""
+
+    async def call(self: DurableFile, *words: bytes) -> None:
+        if not isinstance(sys.exc_info()[1], KilledError):
+            await real(self, *words)
+
+    return call
+
+
+async def test_no_journal_is_made_beside_somebody_else_s_part(pulling: Pulling) -> None:
+    """A kill just then would make it this pull's."""
+    pulling.leave(b"theirs")
+    pulling.targets = FakeTargets(lambda target: pytest.fail("it was opened"))
+    assert "is there, from another pull" in await pulling.fails()
+    assert pulling.left() == {"vm.raw.part"}
+
+
 async def test_a_pull_without_checksums_is_not_resumed_with_them(pulling: Pulling) -> None:
     await _fail_half_way(pulling)
     error = await pulling.fails(resume=True, checksum="sha256")
-    assert "was begun without --checksum or --verify" in error
+    assert "was begun without --checksum and --verify" in error
     await pulling(resume=True)
 
 

@@ -187,6 +187,21 @@ async def test_what_another_pull_has_left_is_not_taken_for_ours(kind: Kind) -> N
         await kind.open(resume=True)
 
 
+@pytest.mark.parametrize("text", ["{}", "qcow2:{}"])
+async def test_a_part_that_was_cut_is_not_gone_on_with(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "out"
+    target = await open_target(text.format(path), SIZE, force=False, resume=False)
+    await target.pwrite(0, BASE)
+    await target.flush()
+    await target.keep()
+    part = f"{path}.part"
+    os.truncate(part, os.stat(part).st_size - MIB)
+    with pytest.raises(OSError, match=r"nothing can be resumed: .* it was changed since") as caught:
+        await open_target(text.format(path), SIZE, force=False, resume=True)
+    assert caught.value.errno == errno.EIO
+    assert "out.part" in _names(tmp_path)
+
+
 @pytest.mark.parametrize("kind", RENAMED, indirect=True)
 async def test_what_has_come_meanwhile_is_replaced_only_when_told_to(kind: Kind) -> None:
     target = await kind.open()

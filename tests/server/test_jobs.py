@@ -456,6 +456,20 @@ async def test_a_job_that_is_cancelled_keeps_what_is_durable() -> None:
         assert (await play.control.get("sessions/n"))["state"] == "active"
 
 
+async def test_who_cancels_a_job_may_ask_it_to_keep_what_is_durable() -> None:
+    async with playing() as play:
+        job, child = await play.begun(keep=False)
+        path = f"jobs/{job['id']}/cancel"
+        assert (await play.control.refused("POST", path, body={"keep": 1}))[0] == 422
+        asked = asyncio.create_task(play.control.post(path, {"keep": True}))
+        assert [await child.hears() for _ in range(2)] == [
+            {"command": "keep"},
+            {"command": "cancel"},
+        ]
+        child.exits(130)
+        assert (await asked)["state"] == "cancelled"
+
+
 async def test_a_job_that_was_complete_before_it_was_cancelled_is() -> None:
     async with playing() as play:
         job, child = await play.begun()

@@ -251,7 +251,8 @@ class _JobHandlers:
         return _json(200, self._calls.set_rate(request.match_info["job"], body))
 
     async def cancel(self, request: web.Request) -> web.Response:
-        return _json(200, await self._calls.cancel(request.match_info["job"]))
+        body = await _body(request)
+        return _json(200, await self._calls.cancel(request.match_info["job"], body))
 
 
 def _bitmap(request: web.Request) -> tuple[str, str]:

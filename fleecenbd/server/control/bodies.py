@@ -187,6 +187,15 @@ class RateBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     rate: Annotated[Rate | None, Meta(description="bytes read per second; null: no limit")]
 
 
+class CancelBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """How a job is ended."""
+
+    keep: Annotated[
+        bool,
+        Meta(description="what is durable stays for resume, though the job was begun without keep"),
+    ] = False
+
+
 class BegunDisk(msgspec.Struct, frozen=True):
     """One disk of a session that has begun."""
 

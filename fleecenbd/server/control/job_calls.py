@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fleecenbd.server.control.bodies import JobBody, JobList, RateBody
+from fleecenbd.server.control.bodies import CancelBody, JobBody, JobList, RateBody
 from fleecenbd.server.control.calls import check_name, decode
 from fleecenbd.server.control.errors import from_os_error
 from fleecenbd.server.job_asks import JobAsk
@@ -60,9 +60,11 @@ class JobCalls:
         except OSError as error:
             raise from_os_error(error) from None
 
-    async def cancel(self, name: str) -> JobView:
+    async def cancel(self, name: str, body: bytes) -> JobView:
         """End it; answered once it has ended."""
+        check_name(name, "a job")
+        keep = decode(body, CancelBody).keep
         try:
-            return await self._jobs.cancel(check_name(name, "a job"))
+            return await self._jobs.cancel(name, keep=keep)
         except OSError as error:
             raise from_os_error(error) from None

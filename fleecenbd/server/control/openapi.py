@@ -30,6 +30,7 @@ _TYPES: tuple[Any, ...] = (
     bodies.JobList,
     bodies.MergeBody,
     bodies.RateBody,
+    bodies.CancelBody,
     bodies.SessionList,
     bodies.Status,
     BitmapView,
@@ -182,7 +183,8 @@ CALLS = (
         "/v1/jobs/{job}/cancel",
         "End it; answered once it has ended",
         {200: "JobView"},
-        (400, 404, 409, 500),
+        (400, 404, 408, 409, 413, 422, 500),
+        body="CancelBody",
     ),
     _Call(
         "get",
@@ -256,7 +258,7 @@ def _operation(call: _Call) -> dict[str, Any]:
     if call.body:
         # A begin may be asked for with all its defaults.
         operation["requestBody"] = {
-            "required": call.body not in ("BeginBody", "AddBitmapBody"),
+            "required": call.body not in ("BeginBody", "AddBitmapBody", "CancelBody"),
             **_json(call.body),
         }
     return operation
