@@ -24,7 +24,8 @@
 # failed, no change is forgotten, and the next night makes good for it.
 #
 # SESSION and BITMAP in the environment are other names for the session (nightly) and the chain
-# (chain); FLEECENBD_CONTROL is the control socket, if it is not SOCKET.control.
+# (chain); FLEECENBD_CONTROL is the control socket, if it is not SOCKET.control. A chain has FILES_MAX
+# files at most (100): QEMU cannot open one whose names, one after the other, are a path too long.
 #
 # Needs nbdcopy (libnbd-bin), qemu-img and qemu-io (qemu-utils; in a checkout `make tools` installs
 # them), and Python for what is JSON.
@@ -44,6 +45,7 @@ shift 2
 PATH=$PATH:$(dirname "$0")/../.venv/bin:$(dirname "$0")
 session=${SESSION:-nightly}
 bitmap=${BITMAP:-chain}
+files_max=${FILES_MAX:-100}
 export FLEECENBD_CONTROL="${FLEECENBD_CONTROL:-$socket.control}"
 # Whoever backs up into this folder, and this run of it: the server gives nobody a session of old.
 ours="nightly.sh $(printf %s "$folder" | cksum)"
@@ -118,6 +120,11 @@ backup_of() {
     done
 }
 
+# How many files a chain has.
+files_of() {
+    qemu-img info --backing-chain "$1" | grep -c "^image:" || true
+}
+
 full() {
     if [ -t 2 ]; then progress=--progress; else progress=; fi
     # --flush: nbdcopy syncs the file before it ends.
@@ -171,13 +178,23 @@ mkdir "$part"
 
 begin "$mode" "$@"
 while read -r disk how since _; do
-    if [ "$how" != new ] && [ -z "$(backup_of "$since" "$disk")" ]; then
-        echo "nightly: $disk has changes since session $since, whose backup is not in $folder:" \
-            "a full backup" >&2
-        fleecenbd session finish "$session" --failed
-        begin new "$@"
-        break
+    [ "$how" != new ] || continue
+    before=$(backup_of "$since" "$disk")
+    files=0
+    [ -z "$before" ] || files=$(files_of "$folder/${before#../}")
+    if [ -z "$before" ]; then
+        why="whose backup is not in $folder"
+    elif [ "$files" -eq 0 ]; then
+        why="whose backup cannot be opened"
+    elif [ "$files" -ge "$files_max" ]; then
+        why="whose backup ends a chain of $files files"
+    else
+        continue
     fi
+    echo "nightly: $disk has changes since session $since, $why: a full backup" >&2
+    fleecenbd session finish "$session" --failed
+    begin new "$@"
+    break
 done <"$part/plan"
 
 quoted=$(python3 -c 'import sys, urllib.parse; print(urllib.parse.quote(sys.argv[1]))' "$socket")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,12 @@ from pathlib import Path
 from fleecenbd.cli import values
 from fleecenbd.cli.backup_nights import Nights
 from fleecenbd.cli.backup_pairs import Pair, Pairs
-from fleecenbd.cli.errors import UsageError
+from fleecenbd.cli.errors import CommandError, UsageError
 from fleecenbd.cli.pull_commands import journal_folder
+from fleecenbd.cli.target_words import check_target
 from fleecenbd.engine.recording import NEW, USE, USE_OR_NEW
+
+QEMU_TOOLS = ("qemu-img", "qemu-nbd")
 
 
 @dataclass
@@ -122,11 +126,23 @@ def pairs(words: Sequence[str], wishes: Wishes) -> Pairs:
     )
 
 
+def check_tools(words: Sequence[str], wishes: Wishes) -> None:
+    """On the first night, and before a session begins. Raises CommandError."""
+    makes_qcow2 = wishes.is_incremental and not wishes.in_place
+    if not (makes_qcow2 or wishes.compress or any(word.startswith("qcow2:") for word in words)):
+        return
+    for program in QEMU_TOOLS:
+        if shutil.which(program) is None:
+            raise CommandError(
+                f"{program} is not installed (Debian: qemu-utils): "
+                + ("increments are qcow2 files, which are" if makes_qcow2 else "qcow2 files are")
+                + " written by it"
+            )
+
+
 def _check_pair(pair: Pair, wishes: Wishes) -> None:
-    values.check_text(pair.text, "TARGET")
+    check_target(pair.text)
     path = pair.path
-    if pair.text in ("", "raw:", "qcow2:"):
-        raise UsageError("TARGET is empty; name a file")
     if path is None and os.path.isdir(pair.text):
         raise UsageError(f"{pair.text} is a folder; name a file in it, or give --all")
     if wishes.compress and not pair.is_qcow2:

@@ -255,6 +255,8 @@ def backup(
         places = backup_asking.nights(words, disk, wishes, all_disks=all_disks)
     else:
         places = backup_asking.pairs(words, wishes)
+    if not push:  # else it is the server's job to write them
+        backup_asking.check_tools(words, wishes)
     ask = Ask(
         session=session,
         body=begin_body(

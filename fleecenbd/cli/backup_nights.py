@@ -18,13 +18,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fleecenbd.cli.backup_places import Destination, Lock, pending_in, roll_all
-from fleecenbd.client import records
+from fleecenbd.client import chains, records
 from fleecenbd.client.in_place import Step
 from fleecenbd.client.journal_file import sync_folder
 from fleecenbd.client.records import FOLDER_RECORD, QCOW2, RAW, Found, Record
 from fleecenbd.engine.bitmap import Bitmap
 
 PART = ".part"
+_NIGHT = "2026-11-22T20-15-03Z-6f1c3a52"
+"""As long as the name of every night's folder."""
 MARKER = ".session"
 """In PART: the id of the session that it is pulled from."""
 
@@ -78,7 +80,9 @@ class Nights:
                     continue
                 if not records.fits(found, bitmap_id, since):
                     continue
-                problem = records.why_not_onto(found, disk, size, bitmap_id, since)
+                problem = records.why_not_onto(
+                    found, disk, size, bitmap_id, since
+                ) or chains.why_too_long(found, self._folder / _NIGHT / found.path.name)
                 if problem is None:
                     return found
                 why = problem
@@ -113,7 +117,7 @@ class Nights:
         form = self._full_format if previous is None else QCOW2
         staged = self._part / f"{disk}.{form}"
         # As deep as its last place: what it builds on is seen from there in the same way.
-        final = self._folder / "night" / staged.name
+        final = self._folder / _NIGHT / staged.name
         shown = f"{self._folder}/…/{staged.name}"
         return Destination(disk, f"{form}:{staged}", staged, final, form, previous, shown=shown)
 

@@ -29,7 +29,7 @@ from fleecenbd.cli.backup_places import (
     pending_in,
     roll_all,
 )
-from fleecenbd.client import in_place, records
+from fleecenbd.client import chains, in_place, records
 from fleecenbd.client.in_place import Step
 from fleecenbd.client.journal_file import sync_folder
 from fleecenbd.client.leftovers import write_durably
@@ -155,7 +155,8 @@ class Pairs:
                 if not path.exists():
                     return f"there is no {path}"
                 return f"{path} has no record ({records.record_path(path).name}) of what it is"
-            return records.why_not_onto(found, disk, size, bitmap_id, since) or self._usable(found)
+            problem = records.why_not_onto(found, disk, size, bitmap_id, since)
+            return problem or self._usable(found, disk)
         folder = self._files[disk].parent
         why = f"no backup of session {since} is in {folder}"
         fitting = [
@@ -166,19 +167,19 @@ class Pairs:
         # The one that the bits are counted from rather than a later one.
         for found in sorted(fitting, key=lambda found: found.record.id != since):
             problem = records.why_not_onto(found, disk, size, bitmap_id, since)
-            usable = problem or self._usable(found)
+            usable = problem or self._usable(found, disk)
             if isinstance(usable, Found):
                 return usable
             why = usable
         return why
 
-    def _usable(self, found: Found) -> Found | str:
+    def _usable(self, found: Found, disk: str) -> Found | str:
         if self._is_in_place:
             return found if found.disk.format == RAW else f"{found.path} is no raw file"
         real = found.path.resolve()
         if any(path.resolve() == real for path in self._files.values()):
             return f"{found.path} would be written over by what is to build on it"
-        return found
+        return chains.why_too_long(found, self._files[disk]) or found
 
     def made_from(self, session_id: str, disks: Sequence[str]) -> list[Path] | None:
         if not set(disks) <= set(self._files):

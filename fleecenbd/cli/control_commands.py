@@ -217,13 +217,33 @@ def finish(
     failed: Annotated[
         bool, typer.Option("--failed", help="The backup is not safe, or was given up.")
     ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="As a success, though somebody reads from it, or a backup is at work."
+        ),
+    ] = False,
     control: Control = None,
     as_json: AsJson = False,
 ) -> None:
-    """Finish a session: its exports go, and its temp images with them."""
+    """Finish a session: its exports go, and its temp images with them.
+
+    As a success it is refused while somebody reads from it: what has changed would be forgotten.
+    """
+    from fleecenbd.cli.control_client import ControlClient, call_server
+    from fleecenbd.cli.ending import check_idle
+
     values.check_name(name, "a session")
+    if failed and force:
+        raise UsageError("--force is for a success: with --failed nothing is lost")
     result = "failed" if failed else "success"
-    answer = call(control, "DELETE", "sessions", name, result=result)
+
+    async def work(client: ControlClient) -> Any:
+        if not (failed or force):
+            await check_idle(client, name)
+        return await client.call("DELETE", "sessions", name, result=result)
+
+    answer = call_server(control, work)
     if as_json:
         _print_json(answer)
     if answer["result"] != result:

@@ -25,6 +25,7 @@ from fleecenbd.cli.pull_commands import (
     speed_and_safety,
     view_of,
 )
+from fleecenbd.cli.target_words import check_target
 
 job_app = typer.Typer(help="Backups that the server makes itself, with nobody connected.")
 
@@ -36,14 +37,12 @@ _URI = re.compile(r"nbds?(\+unix|\+vsock)?://")
 
 def absolute_target(target: str) -> str:
     """The target as the server understands it, whose folder is another. Raises UsageError."""
-    values.check_text(target, "TARGET")
+    check_target(target)
     if _URI.match(target):
         return target
     match = re.match(r"raw:|qcow2:", target)
     prefix = match[0] if match else ""
     path = target.removeprefix(prefix)
-    if not path:
-        raise UsageError("TARGET is empty; name a file")
     return prefix + os.path.abspath(path)
 
 

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from fleecenbd.cli import values
+from fleecenbd.cli import logs, values
 from fleecenbd.cli.command import StrictCommand
 from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.places import default_state_directory, make_private_directory
+from fleecenbd.cli.target_words import check_target, is_no_file
 
 SPEED = "How fast"
 SAFE = "What is safe, and what is left"
@@ -235,7 +236,8 @@ def pull(
         typer.Option(
             "--commands",
             hidden=True,
-            help="Lines of JSON on stdin: pause, resume, rate, keep, cancel; its end cancels, and keeps.",
+            help="Lines of JSON on stdin: pause, resume, rate, keep, cancel; its end cancels, "
+            "and keeps.",
         ),
     ] = False,
 ) -> None:
@@ -248,9 +250,7 @@ def pull(
             f"{uri!r} is no NBD URI, as in nbd+unix:///vda@nightly?socket=/run/vm.sock; "
             "fleecenbd session begin prints those of a session"
         )
-    if not target:
-        raise UsageError("TARGET is empty; name a file")
-    values.check_text(target, "TARGET")
+    check_target(target)
     if read_once and no_trim:
         raise UsageError("--read-once releases, and --no-trim does not: give one of them")
     if compress and not target.startswith("qcow2:"):
@@ -282,14 +282,12 @@ def pull(
         ),
         watch_temp=progress != "none",
     )
+    if bitmap is not None and backing is None and not (commands or is_no_file(target)):
+        logs.report(
+            f"only what changed in {bitmap} is copied: the rest of {target} will read as zeroes, "
+            "and it is no whole disk"
+        )
     run_pull(options, view_of(progress, progress_fd), commands=commands)
-
-
-def is_no_file(target: str) -> bool:
-    """Whether it gets no name of its own at the end: a device, or an NBD URI."""
-    from fleecenbd.client.options import PullOptions, find_places
-
-    return find_places(PullOptions("", target, journal="-")).file is None
 
 
 def journal_folder() -> Path:

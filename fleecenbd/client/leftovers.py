@@ -31,6 +31,14 @@ from fleecenbd.storage.system_calls import write_all
 
 def check(options: PullOptions, places: Places) -> None:
     """Before anything is opened. Raises OSError that says what to do."""
+    is_part_only = options.bitmap is not None and options.backing is None and not options.resume
+    if is_part_only and places.file is not None and os.path.lexists(places.file):
+        raise OSError(
+            errno.EEXIST,
+            f"is there already, and what changed in {options.bitmap} is no whole disk to take its "
+            "place: name a new file; fleecenbd backup --incremental puts changes onto a backup",
+            options.target,
+        )
     has_journal = os.path.exists(places.journal)
     has_part = places.part is not None and os.path.lexists(places.part)
     if options.resume:

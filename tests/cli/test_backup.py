@@ -25,6 +25,7 @@ from fleecenbd.cli.backup_pairs import Pair, Pairs
 from fleecenbd.cli.backup_view import BackupView
 from fleecenbd.cli.backup_work import Work
 from fleecenbd.cli.main import run
+from fleecenbd.client import chains
 from tests.controlling import Control
 from tests.disks import KIB, MIB, copy_disk, first_difference, make_disk
 from tests.serving import CLIENTS_PATH, Serving, connected, serving
@@ -192,7 +193,9 @@ def test_a_chain_of_qcow2_files_finds_what_it_builds_on(backups: Backups, tmp_pa
     info = json.loads(run_tool("qemu-img", "info", "--backing-chain", "--output=json", file))
     assert [one.get("backing-filename") for one in info] == ["tue.qcow2", "mon.raw", None]
     # Neither the middle of the chain nor a file below may be written over.
-    assert "wed.qcow2 builds on it" in backups.fails("vda", tmp_path / "tue.qcow2", "--force")
+    assert "wed.qcow2 builds on it" in backups.fails(
+        "vda", f"qcow2:{tmp_path}/tue.qcow2", "--force"
+    )
 
 
 def test_what_does_not_fit_is_refused_before_a_session_is_begun(
@@ -254,6 +257,28 @@ def test_nights_of_all_disks_are_folders_of_one_moment(backups: Backups, tmp_pat
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     assert backups.is_shown_by(moved / files[0].relative_to(tmp_path), "vdb")
     moved.rename(tmp_path)
+
+
+def test_a_chain_is_ended_before_qemu_cannot_open_it(
+    backups: Backups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chains, "FILES_MAX", 2)
+    words = ("--all", tmp_path, "--incremental", "c3b")
+    backups.backup(*words, "--or-full")
+    backups.backup(*words)
+    before = len(backups.sessions())
+    told = backups.backup(*words, status=1)[1]
+    assert "is as long as QEMU can open it" in told
+    assert "a full backup is needed" in told
+    assert len(backups.sessions()) == before, "it was known before"
+    files, err = backups.backup(*words, "--or-full")
+    assert "a full backup: the chain that ends in " in err
+    assert [path.name for path in files] == ["vda.raw", "vdb.raw"]
+    flat = tmp_path / "vda.qcow2"
+    backups.backup("vda", f"qcow2:{flat}", "--bitmap", "c3c")
+    backups.backup("vda", f"qcow2:{tmp_path}/b", "--incremental", "c3c")
+    told = backups.backup("vda", f"qcow2:{tmp_path}/c", "--incremental", "c3c", status=1)[1]
+    assert "is as long as QEMU can open it" in told
 
 
 @either_way

@@ -28,6 +28,8 @@ from tests.cli.conftest import Fails
         (("vda", ""), "TARGET is empty"),
         (("vda", "t\udcff"), r"TARGET: 't\udcff' is no UTF-8 text"),
         (("vda", "qcow2:"), "TARGET is empty"),
+        (("vda", "vmdk:t"), "not vmdk:…; a raw file of that name is raw:vmdk:t"),
+        (("vda", "t.qcow2"), "write qcow2:t.qcow2 for that, or raw:t.qcow2"),
         (("vda", "/tmp"), "/tmp is a folder; name a file in it, or give --all"),
         (("--all", "a", "b"), "with --all or --disk there is one FOLDER, not 'a b'"),
         (("--all", "--disk", "vda", "a"), "--all is all disks, and --disk some of them"),

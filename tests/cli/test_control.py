@@ -20,8 +20,10 @@ import nbd
 import pytest
 
 from fleecenbd.cli import control_client, control_commands
+from fleecenbd.cli.backup_owner import Owner
 from fleecenbd.cli.main import run
 from tests.cli.conftest import Fails, started
+from tests.controlling import Control
 from tests.serving import FLEECENBD, Serving, connected, serving
 
 TIMEOUT_S = 60
@@ -74,6 +76,26 @@ def test_begin_prints_one_uri_a_line_and_nothing_else(server: Serving, out: Out)
     )
     assert out("session", "finish", "n") == ""
     assert "finished (success)" in out("session", "list")
+
+
+def test_a_session_is_no_success_while_it_is_read(server: Serving, out: Out, fails: Fails) -> None:
+    for words in (("--failed",), ("--force",)):
+        out("session", "begin", "r", warns=True)
+        with connected(server.uri("vda@r")):
+            told = fails("session", "finish", "r")
+            assert f"session r is not finished: vda@r is being read by pid {os.getpid()}" in told
+            assert "with --failed, and no change is forgotten" in told
+            assert json.loads(out("session", "show", "r", "--json"))["state"] == "active"
+            out("session", "finish", "r", *words)
+    out("session", "begin", "r", warns=True)
+    out("session", "finish", "r")
+    owner = Owner()
+    Control(f"{server.unix}.control").call("PUT", "sessions/r", owner=owner.name)
+    assert "a fleecenbd backup is at work in it" in fails("session", "finish", "r")
+    owner.close()
+    out("session", "finish", "r")
+    told = fails("session", "finish", "r", "--failed", "--force", status=2)
+    assert "--force is for a success" in told
 
 
 def test_begin_takes_each_disk_that_is_named(server: Serving, out: Out) -> None:

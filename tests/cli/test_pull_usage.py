@@ -52,6 +52,12 @@ DONE = Done(
     [
         (("vm.raw", "out.raw"), "'vm.raw' is no NBD URI, as in nbd+unix:///"),
         ((URI, ""), "TARGET is empty"),
+        ((URI, "qcow2:"), "TARGET is empty"),
+        ((URI, "-"), "standard output can be none (a file that is called - is ./-)"),
+        ((URI, "qcow:t"), "not qcow:…; a raw file of that name is raw:qcow:t"),
+        ((URI, "http://h/t"), "not http:…"),
+        ((URI, "/b/t.qcow2"), "write qcow2:/b/t.qcow2 for that, or raw:/b/t.qcow2 if"),
+        ((URI, "/b/t.VMDK"), "whatever its name says; write raw:/b/t.VMDK if"),
         ((URI, "t\udcff"), r"TARGET: 't\udcff' is no UTF-8 text"),
         ((URI, "t", "--read-once", "--no-trim"), "--read-once releases, and --no-trim does not"),
         ((URI, "t", "--compress"), "--compress is for qcow2: targets, and t is none"),

@@ -405,6 +405,15 @@ async def test_a_backup_with_holes_is_refused(pulling: Pulling) -> None:
     assert pulling.left() == set()
 
 
+async def test_what_changed_takes_no_whole_disk_s_place(pulling: Pulling) -> None:
+    pulling.source.contexts |= {f"{DIRTY}monday"}
+    pulling.source.dirty = set(range(16, 32))
+    await pulling(trim=False)
+    error = await pulling.fails(bitmap="monday", force=True)
+    assert "what changed in monday is no whole disk to take its place" in error
+    assert pulling.path.read_bytes() == pulling.source.content
+
+
 async def test_a_bitmap_copies_what_is_dirty_and_nothing_else(pulling: Pulling) -> None:
     source = pulling.source
     source.contexts |= {f"{DIRTY}monday"}

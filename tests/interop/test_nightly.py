@@ -235,6 +235,25 @@ def test_a_predecessor_that_is_gone_makes_a_full_backup_and_a_chain_can_be_moved
     assert first_difference(_restored(moved, tmp_path), disk) is None
 
 
+def test_a_chain_is_ended_while_it_can_be_opened(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "vm.raw", MIB)
+    with serving(tmp_path, disk) as server:
+        nights = Nights(server, tmp_path)
+        nights.environment["FILES_MAX"] = "3"
+        names = []
+        for _ in range(4):
+            ((backup,), err) = nights.night()
+            names.append(backup.name)
+        assert "whose backup ends a chain of 3 files: a full backup" in err
+        assert names == ["vm.raw", "vm.qcow2", "vm.qcow2", "vm.raw"]
+        ((increment,), _) = nights.night()
+        assert _builds_on(increment) == backup
+        backup.unlink()
+        ((backup,), err) = nights.night()
+        assert "whose backup cannot be opened: a full backup" in err
+        assert backup.name == "vm.raw"
+
+
 def test_a_night_that_is_killed_leaves_nothing_that_the_next_cannot_mend(tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     os.mkfifo(begun)
