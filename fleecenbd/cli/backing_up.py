@@ -151,7 +151,8 @@ class Backup:
             return shown
         else:
             logs.report(
-                f"session {shown['name']} was left by a run that was killed; it counts as failed"
+                f"session {shown['name']} was left unfinished by an earlier run; it counts as "
+                "failed"
             )
             await self._session.finish(session_id, FAILED)
             self._places.clean_after(session_id)

@@ -158,7 +158,7 @@ class Pairs:
             problem = records.why_not_onto(found, disk, size, bitmap_id, since)
             return problem or self._usable(found, disk)
         folder = self._files[disk].parent
-        why = f"no backup of session {since} is in {folder}"
+        why = f"no backup of session {since} is in {folder} (--onto names one elsewhere)"
         fitting = [
             found
             for found in records.in_folder(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from fleecenbd.cli import logs
 from fleecenbd.cli.backing_up import Backup
 from fleecenbd.cli.backup_places import Places
-from fleecenbd.cli.backup_view import BackupView, show
+from fleecenbd.cli.backup_view import BackupView, show, show_failed
 from fleecenbd.cli.backup_work import Ask, CopyDisk, Outcome
 from fleecenbd.cli.control_client import ControlClient, with_client
 from fleecenbd.cli.errors import CommandError
@@ -34,7 +34,11 @@ def run(
     try:
         outcome = run_until_signal(lambda: with_client(control, work))
     except OSError as error:
+        show_failed(ask.session, text_of(error), view, with_json=as_json)
         raise CommandError(text_of(error)) from error
+    except CommandError as error:
+        show_failed(ask.session, str(error), view, with_json=as_json)
+        raise
     if outcome.error is None:
         view.ends()
     show(outcome, view, with_json=as_json)
@@ -54,6 +58,8 @@ def roll_forward(targets: Sequence[str]) -> None:
             record = in_place.roll_forward(path)
         except OSError as error:
             raise CommandError(text_of(error)) from error
+        if record is None and not path.exists():
+            raise CommandError(f"{path}: there is no such file, and nothing pending for it")
         if record is None:
             logs.report(f"{path}: nothing is pending")
         else:

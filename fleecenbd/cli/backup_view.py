@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from fleecenbd.cli import logs
+from fleecenbd.cli.backup_sessions import FAILED
 from fleecenbd.cli.backup_work import Outcome, Work
 from fleecenbd.cli.pull_view import PullView
 from fleecenbd.cli.tables import size
@@ -96,6 +97,15 @@ def _disk(work: Work) -> Mapping[str, Any]:
         "onto": None if destination.previous is None else str(destination.previous.path),
         "done": None if done is None else msgspec.to_builtins(done),
     }
+
+
+def show_failed(session: str, error: str, view: BackupView, *, with_json: bool) -> None:
+    """There is no backup: on standard output that is told to machines only."""
+    told = {"session": session, "result": FAILED, "error": error, "files": []}
+    if view.mode == "json":
+        print(json.dumps({"event": "backup", **told}, ensure_ascii=False))
+    elif with_json:
+        print(json.dumps(told, ensure_ascii=False, indent=2))
 
 
 def show(outcome: Outcome, view: BackupView, *, with_json: bool) -> None:

@@ -30,6 +30,7 @@ from fleecenbd.cli.control_options import (
 from fleecenbd.cli.endpoints import DEFAULT_PORT
 from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.serve import serve
+from fleecenbd.cli.usage import usage_text
 from fleecenbd.cli.words import ServeWords
 from fleecenbd.engine.session import SessionOptions
 from fleecenbd.engine.state import BREAK_GUEST_WRITE, BREAK_SNAPSHOT
@@ -389,12 +390,7 @@ def run(arguments: Sequence[str]) -> int:
         command = typer.main.get_command(app)
         status = command.main(list(arguments), prog_name="fleecenbd", standalone_mode=False)
     except _USAGE_ERROR as error:
-        text = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
-        text = text.replace("Value error, ", "")  # how the parser's own library begins a cause
-        context = getattr(error, "ctx", None)
-        path = context.command_path if context is not None else "fleecenbd"
-        more = path if " " in path else "fleecenbd serve"
-        raise UsageError(f"{text}; see fleecenbd --help, {more} --help") from None
+        raise UsageError(usage_text(error)) from None
     except typer.Abort:
         return 130
     return status if isinstance(status, int) else 0

@@ -60,6 +60,7 @@ def job_details(job: Mapping[str, Any]) -> RenderableType:
         ("pid", job["pid"]),
         ("limit", None if job["rate"] is None else f"{size(job['rate'])}/s"),
     ]
+    is_over = job["ended_at"] is not None
     if progress is not None:
         durable, whole, percent, speed, left = _done(job)
         resumed = f", {size(progress['resumed'])} resumed" if progress["resumed"] else ""
@@ -67,7 +68,7 @@ def job_details(job: Mapping[str, Any]) -> RenderableType:
             ("durable", f"{durable} of {whole}, {percent}{resumed}"),
             ("read", size(progress["read"])),
             ("released", size(progress["released"])),
-            ("temp", None if progress["temp"] is None else size(progress["temp"])),
+            ("temp", None if is_over or progress["temp"] is None else size(progress["temp"])),
             ("time", duration(progress["elapsed"]) + ("" if left == "-" else f", {left} left")),
             ("speed", None if speed == "-" else speed),
         ]

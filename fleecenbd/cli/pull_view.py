@@ -86,7 +86,7 @@ def summary(done: events.Done) -> str:
         f"({size(int(rate))}/s), {size(done.released)} released"
     )
     if done.temp_peak is not None:
-        text += f", temp image {size(done.temp_peak)} at most"
+        text += f", temp image {size(done.temp_peak)} at most when looked at"
     if done.checksum is not None:
         text += f", {done.checksum.algorithm} {done.checksum.root}"
     if done.verified:

@@ -7,14 +7,17 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-PLAIN_WIDTH = 250
+PLAIN_WIDTH = 10_000
 """Columns where the output is no terminal: lines are not to be cut."""
+WHOLE = ("DISK", "SESSION", "EXPORT", "BITMAP", "JOB", "ID")
+"""What names things, and is typed or copied: never cut, however narrow the terminal."""
 BRIEF_BELOW = 132
 """Columns of a terminal below which what is shown again and again leaves columns out."""
 
@@ -27,7 +30,17 @@ def console() -> Console:
 
 def show(*parts: RenderableType) -> None:
     """Print, to be cut by nobody but the terminal's width."""
-    console().print(Group(*parts))
+    for part in parts:
+        if isinstance(part, Table):
+            _keep_names(part)
+    # Not cropped: a terminal that is narrower than the names wraps the line.
+    console().print(Group(*parts), crop=False)
+
+
+def _keep_names(table: Table) -> None:
+    for column in table.columns:
+        if column.header in WHOLE:
+            column.min_width = max((cell_len(str(cell)) for cell in column.cells), default=0)
 
 
 def size(count: int | None) -> str:
@@ -77,13 +90,14 @@ def session_table(sessions: Iterable[Mapping[str, Any]], *, brief: bool = False)
         table.add_column("ID", no_wrap=True)
     for session in sessions:
         disks = session["disks"]
+        held = sum(disk["temp"]["now"] for disk in disks)
         row = (
             session["name"],
             _state(session),
             moment(session["armed_at"]),
             ", ".join(disk["disk"] for disk in disks),
             f"{session['pause_ms']:.1f} ms",
-            size(sum(disk["temp"]["now"] for disk in disks)),
+            size(None if session["state"] == "finished" else held),
         )
         table.add_row(*map(Text, row if brief else (*row, session["id"])))
     return table

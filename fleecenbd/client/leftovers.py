@@ -25,7 +25,14 @@ from fleecenbd.client import checksums
 from fleecenbd.client.file_target import other_part
 from fleecenbd.client.journal import COMPLETE, COMPLETING, Header, Journal
 from fleecenbd.client.journal_file import DurableFile, sync_folder
-from fleecenbd.client.options import ONCE, QCOW2, Places, PullOptions, path_of
+from fleecenbd.client.options import (
+    JOURNAL_SUFFIX,
+    ONCE,
+    QCOW2,
+    Places,
+    PullOptions,
+    path_of,
+)
 from fleecenbd.storage.system_calls import write_all
 
 
@@ -48,7 +55,8 @@ def check(options: PullOptions, places: Places) -> None:
             raise OSError(
                 errno.ENOENT,
                 f"nothing can be resumed: {places.part} is there, and {places.journal}, which "
-                "would tell how much of it is durable, is not; begin anew with --force",
+                "would tell how much of it is durable, is not; begin anew with --force, in a new "
+                "session if anything was released in this one",
                 options.target,
             )
         raise OSError(
@@ -60,7 +68,7 @@ def check(options: PullOptions, places: Places) -> None:
         raise OSError(
             errno.EEXIST,
             f"a pull to it has not ended ({places.journal}): go on with --resume, or begin anew "
-            "with --force; what it has released can be read nowhere else",
+            "with --force and in a new session; what it has released can be read nowhere else",
             options.target,
         )
     if has_part and not options.force:
@@ -68,11 +76,16 @@ def check(options: PullOptions, places: Places) -> None:
         raise other_part(places.part, options.target)
 
 
-def open_journal(path: str) -> DurableFile:
+def open_journal(path: str, target: str) -> DurableFile:
     """Open it, or make it, locked. Raises OSError."""
     folder = os.path.dirname(path)
     if folder and not os.path.isdir(folder):
-        raise FileNotFoundError(errno.ENOENT, "its folder does not exist; make it", path)
+        is_beside = path.removesuffix(JOURNAL_SUFFIX) == path_of(target)
+        raise FileNotFoundError(
+            errno.ENOENT,
+            f"its folder {folder} does not exist; make it",
+            target if is_beside else path,
+        )
     return DurableFile.open(path)
 
 

@@ -124,7 +124,7 @@ class _Pull:
                 )
             if options.session_id is not None:
                 check_session(source, options.session_id)
-            file = leftovers.open_journal(self._places.journal)
+            file = leftovers.open_journal(self._places.journal, options.target)
             try:
                 return await self._with_journal(source, file)
             finally:

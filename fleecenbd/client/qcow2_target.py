@@ -227,7 +227,7 @@ async def open_qcow2(
                 path,
             ) from error
         if compress:
-            tell("what is added is not compressed: compressed clusters are written once only")
+            tell("from here on it is not compressed: a cluster can be written compressed only once")
     else:
         if force:
             with suppress(FileNotFoundError):

@@ -176,7 +176,8 @@ class Clients:
                 raise NegotiationError(
                     NBD_REP_ERR_POLICY,
                     f"{export.info.name} is in use by {here[0].peer}; a second client would "
-                    "corrupt its file systems (serve --shared N admits more)",
+                    "corrupt its file systems (serve --shared N admits more); a backup reads the "
+                    "export of a session",
                 )
             return
         fleecing = sum(

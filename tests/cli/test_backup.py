@@ -232,6 +232,19 @@ def test_what_does_not_fit_is_refused_before_a_session_is_begun(
     assert backups.last()["disks"][0]["bitmap"]["mode"] == "new"
 
 
+@pytest.mark.parametrize("way", [("--json",), ("--progress", "json")])
+def test_a_machine_is_told_that_there_is_no_backup(
+    backups: Backups, tmp_path: Path, way: tuple[str, ...]
+) -> None:
+    target = tmp_path / "there.raw"
+    target.touch()
+    out, err = backups.call("vda", target, *way, status=1)
+    told = json.loads(out)
+    assert (told["result"], told["files"]) == ("failed", [])
+    assert told["error"] in err
+    assert "it is there already" in told["error"]
+
+
 @either_way
 def test_nights_of_all_disks_are_folders_of_one_moment(backups: Backups, tmp_path: Path) -> None:
     nights = []
@@ -393,7 +406,7 @@ def test_a_killed_run_is_recognised_and_its_session_counts_as_failed(
     assert (tmp_path / "vda.raw.backing-up.part").exists()
     # Under another name: what is left of the killed one goes all the same.
     files, err = backups.backup("vda", tmp_path / "another.raw", "--bitmap", "c7")
-    assert "session backup was left by a run that was killed; it counts as failed" in err
+    assert "session backup was left unfinished by an earlier run; it counts as failed" in err
     assert backups.is_shown_by(files[0])
     assert [one["result"] for one in backups.sessions()[-2:]] == ["failed", "success"]
     assert _names(tmp_path) == ["another.raw", "another.raw.backup.json"]
@@ -458,7 +471,7 @@ def test_somebody_else_s_session_is_left_alone(backups: Backups, tmp_path: Path)
     with connected(backups.server.uri("vda@backup")):
         told = backups.backup("vda", tmp_path / "v.raw", status=1)[1]
         assert "another backup is at work" in told
-    assert "left by a run that was killed" in backups.backup("vda", tmp_path / "v.raw")[1]
+    assert "left unfinished by an earlier run" in backups.backup("vda", tmp_path / "v.raw")[1]
     assert _names(tmp_path) == ["v.raw", "v.raw.backup.json"]
 
 

@@ -93,6 +93,9 @@ def test_no_server_and_no_folder_are_told(fails: Fails, tmp_path: Path) -> None:
 def test_what_is_pending_is_rolled_forward_without_a_server(
     fails: Fails, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    told = fails("backup", "--roll-forward", tmp_path / "a.raw")
+    assert "a.raw: there is no such file, and nothing pending for it" in told
+    (tmp_path / "a.raw").touch()
     backup_run.roll_forward([str(tmp_path / "a.raw")])
     assert "a.raw: nothing is pending" in capfd.readouterr().err
     (tmp_path / "a.raw.roll-forward").write_text("spoilt")

@@ -122,7 +122,7 @@ def test_a_session_is_pulled_released_and_told_of_in_one_line(
     note, done = told.splitlines()
     assert note.endswith("is read back")
     assert done.startswith("fleecenbd: done: 12.0 MiB durable in ")
-    assert "12.0 MiB released, temp image 12.0 KiB at most, sha256 " in done
+    assert "12.0 MiB released, temp image 12.0 KiB at most when looked at, sha256 " in done
     assert done.endswith(", read back and found right")
     assert served.show()["released"] == SIZE
     assert {path.name for path in tmp_path.iterdir()} == {

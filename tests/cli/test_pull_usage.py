@@ -65,7 +65,7 @@ DONE = Done(
         ((URI, "t", "--checksum", "crc7"), "--checksum is one of blake2b, blake2s,"),
         ((URI, "t", "--rate", "fast"), "--rate: 'fast' is no size"),
         ((URI, "t", "--rate", "0"), "--rate: 0 bytes a second would never end"),
-        ((URI, "t", "--connections", "0"), "--connections: '0' is no number from 1 to 1024"),
+        ((URI, "t", "--connections", "0"), "--connections: '0' is no number from 1 to 16"),
         ((URI, "t", "--requests", "x"), "--requests: 'x' is no number from 1 to 1024"),
         ((URI, "t", "--retries", "-1"), "--retries: '-1' is no number from 0 to 1024"),
         ((URI, "t", "--progress", "dots"), "--progress is one of auto, bar, json, none"),
@@ -113,7 +113,7 @@ def test_facts_beside_the_bar_say_how_far_how_fast_how_long_and_what_the_server_
 def test_the_summary_has_what_a_log_should_keep() -> None:
     assert summary(DONE) == (
         "done: 1.0 GiB durable in 6.0 s, 600.0 MiB read (100.0 MiB/s), 1.0 GiB released, temp "
-        "image 12.0 MiB at most, blake2b 7c1f, read back and found right"
+        "image 12.0 MiB at most when looked at, blake2b 7c1f, read back and found right"
     )
     assert summary(Done(5, 0, 5, 0.0, None, verified=False)) == (
         "done: 5 B durable in 0.0 ms, 5 B read (0 B/s), 0 B released"

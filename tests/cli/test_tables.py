@@ -1,8 +1,10 @@
 """Sizes, lengths of time and bars, as people read them."""
 
+import sys
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from fleecenbd.cli import tables
 
@@ -82,3 +84,16 @@ def test_what_a_server_calls_its_things_is_no_markup(capsys: pytest.CaptureFixtu
     }
     tables.show(tables.disk_table([disk]))
     assert "/srv/[red]disk[/red].raw" in capsys.readouterr().out
+
+
+def test_names_are_whole_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "console", lambda: Console(file=sys.stdout, width=40))
+    (session,) = _status(broken=None)["sessions"]
+    session |= {"name": "a-session-with-a-long-name", "id": "0b77d1e8-4b0e-4a57-9a50-4a3d0a5a5f3c"}
+    tables.show(tables.session_table([session]))
+    shown = capsys.readouterr().out
+    assert session["name"] in shown
+    assert session["id"] in shown
+    assert tables.moment(0) not in shown, "something has to give way"

@@ -338,11 +338,21 @@ def test_a_pidfile_that_cannot_be_written_fails_the_start(fails: Fails, image: P
 # -- the command itself --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [(), ("serve",), ("no-such-command",), ("--nope",)])
+@pytest.mark.parametrize("arguments", [(), ("serve",), ("--nope",)])
 def test_wrong_usage_is_one_line_that_names_the_help(
     fails: Fails, arguments: tuple[str, ...]
 ) -> None:
     assert "fleecenbd serve --help" in fails(*arguments, status=2)
+
+
+def test_a_command_that_is_none_is_told_with_those_like_it(fails: Fails) -> None:
+    for words, told in (
+        (("no-such-command",), "No such command 'no-such-command'; see fleecenbd --help"),
+        (("serv",), "No such command 'serv'. Did you mean 'serve'? see fleecenbd --help"),
+        (("session", "finsh"), "'finish'? see fleecenbd --help, fleecenbd session --help"),
+        (("session", "start"), "'begin'? see fleecenbd --help, fleecenbd session --help"),
+    ):
+        assert fails(*words, status=2).endswith(told)
 
 
 def test_the_version_is_told(capfd: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ async def test_a_second_guest_is_refused_and_told_who_is_there() -> None:
         assert await refusal(served, "vda") == (
             wire.ERR_POLICY,
             f"vda is in use by pid {os.getpid()}; a second client would corrupt its file systems "
-            "(serve --shared N admits more)",
+            "(serve --shared N admits more); a backup reads the export of a session",
         )
         assert await first.read(0, 512) == pattern(512)
 

@@ -161,7 +161,7 @@ class JobBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         Name | None, Meta(description="copy what is dirty in this bitmap of the session")
     ] = None
     rate: Annotated[Rate | None, Meta(description="bytes read per second; null: no limit")] = None
-    connections: Requests | None = None
+    connections: Annotated[int, Meta(ge=1, le=16)] | None = None
     requests: Annotated[Requests | None, Meta(description="READs in flight")] = None
     retries: Annotated[
         Annotated[int, Meta(ge=0, le=1024)] | None,
