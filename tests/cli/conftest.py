@@ -27,7 +27,7 @@ def _no_sockets_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def own_logs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What logs.set_up changes in the interpreter is put back."""
     root, logger = logging.getLogger(), logging.getLogger("fleecenbd")
