@@ -115,7 +115,7 @@ def _serve(
         typer.Argument(
             metavar="DISK",
             show_default=False,
-            help="[NAME=]IMAGE: a raw file or a block device; NAME, the export's name, is the "
+            help="[NAME=]IMAGE: a raw file, a block device, qcow2:PATH or an NBD URI; NAME, the export's name, is the "
             "file's name up to its last dot by default. A file that is a container inside "
             "(qcow2, VMDK, VDI, LUKS) is refused unless it is written raw:PATH.",
         ),

@@ -283,7 +283,10 @@ def add_disk(
 
 def _absolute(spec: DiskSpec) -> str:
     """The path as the server understands it, whose folder is another."""
-    return ("raw:" if spec.raw else "") + os.path.abspath(spec.path)
+    if spec.kind == "nbd":
+        return spec.path
+    prefix = "raw:" if spec.raw else "qcow2:" if spec.kind == "qcow2" else ""
+    return prefix + os.path.abspath(spec.path)
 
 
 @disk_app.command("remove", cls=StrictCommand)

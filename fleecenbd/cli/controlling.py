@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING
 from fleecenbd.cli.endpoints import PRIVATE, Endpoint
 from fleecenbd.cli.errors import CommandError, reason
 from fleecenbd.cli.handed import Handed
-from fleecenbd.cli.images import TempDirectory, check_all_different, open_disks
+from fleecenbd.cli.images import (
+    TempDirectory,
+    check_all_different,
+    open_disks,
+    open_other,
+)
 from fleecenbd.cli.options import ServeOptions
 from fleecenbd.cli.places import default_control
 from fleecenbd.cli.values import DiskSpec, parse_disk
@@ -68,27 +73,34 @@ class ServerPlaces:
 
     async def open_disk(self, name: str, image: str) -> Disk:
         """As the command line does, in a thread: its disk may hang."""
-        served = [DiskSpec(disk.name, disk.device.name) for disk in self._server.disks.values()]
-        return await self._pool.run(self._open, name, image, served)
-
-    def _open(self, name: str, image: str, served: list[DiskSpec]) -> Disk:
-        options = self._options
+        disks = list(self._server.disks.values())
         try:
+            served = [parse_disk(f"{disk.name}={disk.device.name}") for disk in disks]
             spec = parse_disk(f"{name}={image}")
-            check_all_different([*served, spec])
-            (disk,) = open_disks(
-                [spec], read_only=options.read_only, force_share=options.force_share
-            )
+            await self._pool.run(check_all_different, [*served, spec])
+            if spec.kind == "raw":
+                disk = await self._pool.run(self._open, spec)
+            else:
+                disk = await open_other(spec, read_only=self._options.read_only)
         except CommandError as error:
             raise OSError(errno.EINVAL, str(error)) from error
         try:
-            if self._records is not None:
-                path = disk.device.name
-                self._records.check(name, path, disk.size, writable=not options.read_only)
+            await self._pool.run(self._check_record, disk)
         except BaseException:
             disk.device.close()
             raise
         return disk
+
+    def _open(self, spec: DiskSpec) -> Disk:
+        options = self._options
+        (disk,) = open_disks([spec], read_only=options.read_only, force_share=options.force_share)
+        return disk
+
+    def _check_record(self, disk: Disk) -> None:
+        if self._records is not None:
+            self._records.check(
+                disk.name, disk.device.name, disk.size, writable=not self._options.read_only
+            )
 
     def uris(self, export: str) -> list[str]:
         """Those of the listeners that show it, the Unix socket's first."""

@@ -22,12 +22,16 @@ from fleecenbd.storage.temp import TempImage
 
 
 def open_disks(specs: Sequence[DiskSpec], *, read_only: bool, force_share: bool) -> list[Disk]:
-    """Open, lock and look at every image. Raises CommandError. Blocks; needs no event loop."""
+    """Open, lock and look at every image that is a raw file or a block device.
+
+    Raises CommandError. Blocks; needs no event loop.
+    """
     check_all_different(specs)
     disks: list[Disk] = []
     try:
         for spec in specs:
-            disks.append(Disk(spec.name, _open(spec, read_only, force_share)))
+            if spec.kind == "raw":
+                disks.append(Disk(spec.name, _open(spec, read_only, force_share)))
     except BaseException:
         for disk in disks:
             disk.device.close()
@@ -35,10 +39,34 @@ def open_disks(specs: Sequence[DiskSpec], *, read_only: bool, force_share: bool)
     return disks
 
 
+async def open_other(spec: DiskSpec, *, read_only: bool) -> Disk:
+    """Open what is no raw image: by a child of ours, or at another server. Raises CommandError."""
+    # Only here: QMP, and libnbd, are for those who have such disks.
+    device: Device
+    try:
+        if spec.kind == "nbd":
+            from fleecenbd.storage.remote import open_remote
+
+            device = await open_remote(spec.path, read_only=read_only)
+        else:
+            from fleecenbd.storage.qemu import open_qcow2
+
+            device = await open_qcow2(spec.absolute, name=spec.image, read_only=read_only)
+    except OSError as error:
+        raise CommandError(f"cannot open disk {spec.name}: {reason(error, spec.image)}") from error
+    return Disk(spec.name, device)
+
+
 def check_all_different(specs: Sequence[DiskSpec]) -> None:
     """Two disks over one image would overwrite each other's past, whatever locks say."""
-    seen: dict[tuple[bool, int, int], DiskSpec] = {}
+    seen: dict[object, DiskSpec] = {}
     for spec in specs:
+        identity: object
+        if spec.kind == "nbd":
+            other = seen.setdefault(spec.path, spec)
+            if other is not spec:
+                raise _same(other, spec)
+            continue
         try:
             status = os.stat(spec.path)
         except OSError:
@@ -49,9 +77,11 @@ def check_all_different(specs: Sequence[DiskSpec]) -> None:
             identity = (False, status.st_dev, status.st_ino)
         other = seen.setdefault(identity, spec)
         if other is not spec:
-            raise UsageError(
-                f"{other.name} and {spec.name} are the same image, {spec.path}; give it once"
-            )
+            raise _same(other, spec)
+
+
+def _same(one: DiskSpec, other: DiskSpec) -> UsageError:
+    return UsageError(f"{one.name} and {other.name} are the same image, {other.path}; give it once")
 
 
 def _open(spec: DiskSpec, read_only: bool, force_share: bool) -> FileDevice:

@@ -21,7 +21,7 @@ from fleecenbd.cli.controlling import Control, ServerPlaces
 from fleecenbd.cli.endpoints import Endpoint, open_endpoints
 from fleecenbd.cli.errors import CommandError, reason
 from fleecenbd.cli.handed import NOTHING_HANDED, Handed
-from fleecenbd.cli.images import TempDirectory
+from fleecenbd.cli.images import TempDirectory, open_other
 from fleecenbd.cli.lasting import take_up
 from fleecenbd.cli.options import ServeOptions
 from fleecenbd.cli.pidfile import pidfile
@@ -76,12 +76,16 @@ def guest_records(options: ServeOptions, disks: Sequence[Disk]) -> GuestRecords 
     if options.guests_directory is None:
         return None
     records = GuestRecords(options.guests_directory)
+    for disk in disks:
+        _check_record(records, disk, options)
+    return records
+
+
+def _check_record(records: GuestRecords, disk: Disk, options: ServeOptions) -> None:
     try:
-        for disk in disks:
-            records.check(disk.name, disk.device.name, disk.size, writable=not options.read_only)
+        records.check(disk.name, disk.device.name, disk.size, writable=not options.read_only)
     except OSError as error:
         raise CommandError(f"cannot serve: {reason(error)}") from error
-    return records
 
 
 async def _serve(
@@ -93,6 +97,8 @@ async def _serve(
     stopping: Stopping,
     files: ExitStack,
 ) -> int:
+    if not await _unless_asked(stopping, _open_others(server, records, options)):
+        return 0
     endpoints = handed.endpoints or []
     if options.addresses is not None:
         endpoints = open_endpoints(options.addresses, files)
@@ -127,6 +133,21 @@ async def _serve(
     else:
         await stopping.asked.wait()
     return 0
+
+
+async def _open_others(server: Server, records: GuestRecords | None, options: ServeOptions) -> None:
+    """Open, one after the other, the disks that are no raw images. Raises CommandError."""
+    for spec in options.disks:
+        if spec.kind == "raw":
+            continue
+        disk = await open_other(spec, read_only=options.read_only)
+        try:
+            if records is not None:
+                _check_record(records, disk, options)
+            server.add_disk(disk)
+        except BaseException:
+            disk.device.close()
+            raise
 
 
 async def _unless_asked(stopping: Stopping, work: Coroutine[Any, Any, None]) -> bool:

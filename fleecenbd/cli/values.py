@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import grp
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote, urlsplit
 
 from fleecenbd.cli.errors import UsageError
 from fleecenbd.server.names import WHAT_NAMES_ARE, bad_name, is_name
@@ -27,12 +30,24 @@ PERIOD_MAX_S = 1e9
 class DiskSpec:
     """A disk as given on the command line: ``[NAME=]IMAGE``.
 
-    ``raw``: written as ``raw:PATH``, so that its content is not looked at.
+    ``path``: of the image, or an NBD URI. ``raw``: written as ``raw:PATH``, so that its content is
+    not looked at.
     """
 
     name: str
     path: str
     raw: bool = False
+    kind: Literal["raw", "qcow2", "nbd"] = "raw"
+
+    @property
+    def absolute(self) -> str:
+        """The path, for who is in another folder."""
+        return os.path.abspath(self.path)
+
+    @property
+    def image(self) -> str:
+        """As it is shown, and as it can be typed again."""
+        return f"{_QCOW2}{self.path}" if self.kind == "qcow2" else self.path
 
 
 def parse_disk(text: str) -> DiskSpec:
@@ -45,21 +60,25 @@ def parse_disk(text: str) -> DiskSpec:
             f"{text}: {name!r} before the '=' cannot be a disk's name: {WHAT_NAMES_ARE}; "
             f"where {text} is the file, write NAME={text}"
         )
+    kind: Literal["raw", "qcow2", "nbd"] = "raw"
     raw = image.startswith(_RAW)
     if raw:
         image = image.removeprefix(_RAW)
     elif image.startswith(_QCOW2):
-        raise UsageError(
-            f"{text}: qcow2 images cannot be served yet; give a raw image or a block device"
-        )
+        image, kind = image.removeprefix(_QCOW2), "qcow2"
     elif _NBD_URI.match(image):
-        raise UsageError(
-            f"{text}: disks on other NBD servers cannot be served yet; "
-            "give a raw image or a block device"
-        )
+        if not equals:
+            name = unquote(urlsplit(image).path.removeprefix("/"))
+            if not is_name(name):
+                raise UsageError(
+                    f"{text}: its export's name, {name!r}, cannot be a disk's: {WHAT_NAMES_ARE}; "
+                    f"write NAME={text}"
+                )
+        return DiskSpec(name, image, kind="nbd")
     elif uri := _URI.match(image):
         raise UsageError(
-            f"{text}: disks cannot be served from {uri[0]}; give a raw image or a block device"
+            f"{text}: disks cannot be served from {uri[0]}; give a raw image, a block device, "
+            "qcow2:PATH or an NBD URI (what QEMU or nbdkit can open, they can serve by NBD)"
         )
     if not image:
         raise UsageError(f"{text!r} names no image; write [NAME=]IMAGE")
@@ -67,7 +86,7 @@ def parse_disk(text: str) -> DiskSpec:
         name = Path(image).stem
         if not is_name(name):
             raise UsageError(_bad_stem(text, name, image, raw=raw))
-    return DiskSpec(name, image, raw)
+    return DiskSpec(name, image, raw, kind)
 
 
 def _bad_stem(text: str, stem: str, image: str, *, raw: bool) -> str:
@@ -94,7 +113,7 @@ def parse_disks(texts: Sequence[str]) -> tuple[DiskSpec, ...]:
         other = disks.setdefault(disk.name, disk)
         if other is not disk:
             raise UsageError(
-                f"two disks are called {disk.name}: {other.path} and {disk.path}; "
+                f"two disks are called {disk.name}: {other.image} and {disk.image}; "
                 "write NAME=IMAGE to name them apart"
             )
     return tuple(disks.values())

@@ -9,10 +9,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
-from fleecenbd.client.apart import Apart
 from fleecenbd.client.endpoints import TargetLost
 from fleecenbd.client.file_target import LOOK_LENGTH, holds_something, too_small
 from fleecenbd.client.plan import ACCESS
+from fleecenbd.storage.apart import Apart
 from fleecenbd.storage.device import Buffer, Data
 from fleecenbd.storage.nbd_client import NbdClient
 
@@ -40,12 +40,12 @@ class NbdTarget:
 
     async def pwrite(self, offset: int, data: Data) -> None:
         """WRITE."""
-        async with self._apart.request(offset, len(data), is_zero=False):
+        async with self._apart.request(offset, len(data), is_alone=False):
             await self._client.pwrite(offset, data)
 
     async def zero(self, offset: int, length: int) -> None:
         """WRITE_ZEROES, which may free space."""
-        async with self._apart.request(offset, length, is_zero=True):
+        async with self._apart.request(offset, length, is_alone=True):
             await self._client.zero(offset, length)
 
     async def pread(self, offset: int, length: int) -> Buffer:

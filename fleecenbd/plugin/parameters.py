@@ -22,6 +22,7 @@ from fleecenbd.cli.options import (
     refuse_together,
 )
 from fleecenbd.cli.places import guests_directory, state_directory
+from fleecenbd.cli.values import DiskSpec
 
 PARAMETERS = {
     "disk": "[NAME=]IMAGE: a raw file or a block device; as often as there are disks",
@@ -121,10 +122,7 @@ class Parameters:
             values.check_name(session, "a session")
         own_client = command_line.own_client or activated
         options = ServeOptions(
-            disks=tuple(
-                replace(disk, path=os.path.abspath(disk.path))
-                for disk in values.parse_disks(self._disks)
-            ),
+            disks=tuple(map(_raw_disk, values.parse_disks(self._disks))),
             # Where nbdkit listens is its own business; whether it does decides what "" means.
             addresses=None if own_client else Addresses(PRIVATE),
             state_directory=state_directory(state) if session is not None else None,
@@ -148,6 +146,16 @@ class Parameters:
         if text not in (*_TRUE, *_FALSE):
             raise UsageError(f"--{key}: {text!r} is neither true nor false")
         return text in _TRUE
+
+
+def _raw_disk(disk: DiskSpec) -> DiskSpec:
+    """As it is seen from another folder. Raises UsageError."""
+    if disk.kind != "raw":
+        raise UsageError(
+            f"disk {disk.name}: behind nbdkit a disk is a raw file or a block device; "
+            f"fleecenbd serve {disk.name}={disk.image} serves that"
+        )
+    return replace(disk, path=disk.absolute)
 
 
 def own_arguments() -> list[str]:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from fleecenbd.server.state.trust import real_path
 from fleecenbd.storage.pool import ThreadPool
 
 logger = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ class GuestRecords:
             raise
 
     def _path(self, image: str) -> Path:
-        digest = hashlib.sha256(os.fsencode(os.path.realpath(image))).hexdigest()
+        digest = hashlib.sha256(os.fsencode(real_path(image))).hexdigest()
         return self._directory / "guests" / f"{digest[:32]}.json"
 
 

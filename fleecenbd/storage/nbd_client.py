@@ -54,7 +54,7 @@ class NbdClient:
         *,
         contexts: Sequence[str] = (),
         connections: int = 1,
-        retries: int = RETRIES,
+        retries: int | None = RETRIES,
         tell: Tell = lambda text: None,
         accept: Accept = lambda facts: None,
         explains: bool = False,
@@ -62,9 +62,10 @@ class NbdClient:
         """Connect to an NBD URI, by as many connections as are asked for and the server allows.
 
         ``contexts``: meta contexts to ask for. ``retries``: attempts in a row to connect again,
-        once a connection is lost; ``tell`` gets a line for the user at each. ``accept`` looks at
-        what a connection leads to, each time one is made, and raises OSError if it is the wrong
-        thing. ``explains``: what fails is asked for once more, for the server's own text.
+        once a connection is lost, None: without end; ``tell`` gets a line for the user at each.
+        ``accept`` looks at what a connection leads to, each time one is made, and raises OSError
+        if it is the wrong thing. ``explains``: what fails is asked for once more, for the server's
+        own text.
 
         Raises OSError, and NbdRefused if somebody answers who will not serve the export as asked.
         """
@@ -90,6 +91,11 @@ class NbdClient:
     def connections(self) -> int:
         """How many there are, or are being made anew."""
         return self._connections.wanted
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection now."""
+        return self._connections.is_open
 
     @property
     def generation(self) -> int:

@@ -47,8 +47,16 @@ class NbdConnections:
     """Those of one client. To be opened first, and closed in the end, whatever ``open`` did."""
 
     def __init__(
-        self, uri: str, contexts: Sequence[str], *, retries: int, tell: Tell, accept: Accept
+        self,
+        uri: str,
+        contexts: Sequence[str],
+        *,
+        retries: int | None,
+        tell: Tell,
+        accept: Accept,
     ) -> None:
+        """``retries``: attempts in a row to connect again; None: without end, whatever they fail
+        with."""
         self.facts: NbdFacts
         """What was agreed on with the first connection."""
         self.generation = 0
@@ -132,6 +140,11 @@ class NbdConnections:
             f"{self._uri}: no more connections than {self.wanted}: {error.strerror or error}"
         )
 
+    @property
+    def is_open(self) -> bool:
+        """Whether one can be asked now."""
+        return bool(self._open)
+
     # -- requests ------------------------------------------------------------------------------
 
     async def call(self, send: Send, length: int, *, changes: bool = False) -> None:
@@ -194,7 +207,7 @@ class NbdConnections:
         self._dispatch()
 
     def _ask_later(self, unanswered: list[NbdRequest], error: OSError) -> None:
-        lost_max = REQUEST_LOST_MAX + self.wanted * (self._retries + 1)
+        lost_max = REQUEST_LOST_MAX + self.wanted * ((self._retries or 0) + 1)
         for request in reversed(unanswered):
             request.lost += 1
             if request.lost < lost_max:
@@ -219,7 +232,7 @@ class NbdConnections:
         while len(self._open) < self.wanted:
             # While others are answered, it is only so often that more are tried for.
             attempts = of_this_round if self._open else self._attempts
-            if attempts >= self._retries:
+            if self._retries is not None and attempts >= self._retries:
                 if not self._open:
                     raise self._given_up(why, attempts)
                 self._go_on_with_fewer(why)
@@ -229,19 +242,27 @@ class NbdConnections:
             delay_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2 ** min(attempts, 30))
             self._tell(
                 f"{self._uri}: {why.strerror}; connecting again in {delay_s:g} s "
-                f"(attempt {attempts + 1} of {self._retries})"
+                f"(attempt {attempts + 1}"
+                + ("" if self._retries is None else f" of {self._retries}")
+                + ")"
             )
             await asyncio.sleep(delay_s)
             # Those that are lost again meanwhile have to wait for the next time.
             for _ in range(self.wanted - len(self._open)):
                 try:
                     connection = await self._connect()
-                except NbdRefused as refused:
-                    raise NbdLost(refused.errno, refused.strerror, self._uri) from refused
                 except OSError as error:
+                    if self._retries is not None and isinstance(error, NbdRefused):
+                        raise NbdLost(error.errno, error.strerror, self._uri) from error
                     why = error
                     break
-                self._take(connection)
+                try:
+                    self._take(connection)
+                except OSError as error:  # something else answers there
+                    if self._retries is not None:
+                        raise
+                    why = error
+                    break
 
     def _given_up(self, why: OSError, attempts: int) -> OSError:
         tried = f"; connecting again failed {attempts} times" if attempts else ""

@@ -34,6 +34,14 @@ from fleecenbd.cli.values import (
         ("vda=a=b", DiskSpec("vda", "a=b")),
         ("raw:vm.img", DiskSpec("vm", "vm.img", raw=True)),
         ("vda=raw:vm.img", DiskSpec("vda", "vm.img", raw=True)),
+        ("qcow2:/i/vm.qcow2", DiskSpec("vm", "/i/vm.qcow2", kind="qcow2")),
+        ("vda=qcow2:a=b", DiskSpec("vda", "a=b", kind="qcow2")),
+        ("nbd://h/vm1", DiskSpec("vm1", "nbd://h/vm1", kind="nbd")),
+        ("vda=nbds://h:1/a%20b", DiskSpec("vda", "nbds://h:1/a%20b", kind="nbd")),
+        (
+            "nbd+unix:///vm%2E1?socket=/s",
+            DiskSpec("vm.1", "nbd+unix:///vm%2E1?socket=/s", kind="nbd"),
+        ),
     ],
 )
 def test_a_disk_is_a_name_and_an_image(text: str, disk: DiskSpec) -> None:
@@ -61,6 +69,9 @@ def test_an_image_whose_stem_is_no_name_asks_for_one(text: str) -> None:
         ("a/b=vm.raw", "write NAME=a/b=vm.raw, where a/b=vm.raw is the file"),
         ("raw:x=vm.raw", "raw: goes before the path, after NAME=: write x=raw:vm.raw"),
         ("raw:x=vm.raw", "or NAME=raw:x=vm.raw where x=vm.raw is the file"),
+        ("nbd://h", "nbd://h: its export's name, '', cannot be a disk's"),
+        ("nbd+unix:///a%20b?socket=/s", "write NAME=nbd+unix:///a%20b?socket=/s"),
+        ("qcow2:", "'qcow2:' names no image"),
         ("http://x/y.raw", "http://x/y.raw: disks cannot be served from http://"),
         ("vda=https://x/y.raw", "vda=https://x/y.raw: disks cannot be served from https://"),
     ],

@@ -11,21 +11,31 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fleecenbd.storage.device import Device
 from fleecenbd.storage.file import FileDevice
 from fleecenbd.storage.filesystem import Medium
 from fleecenbd.storage.memory import MemoryDevice
+from fleecenbd.storage.qemu import open_qcow2
+from fleecenbd.storage.remote import open_remote
 from fleecenbd.storage.temp import TempImage
 
 SIZE = (1 << 20) + 512
 """Bytes: a whole number of sectors, but of nothing larger."""
 
-Open = Callable[[], Device]
+Open = Callable[[], Device | Coroutine[Any, Any, Device]]
 """Opens the device. A file or block device has the same content each time, a temp image none."""
+
+
+async def opened(opener: Open) -> Device:
+    """The device, however it is opened."""
+    device = opener()
+    return await device if isinstance(device, Coroutine) else device
 
 
 @contextmanager
@@ -92,10 +102,48 @@ def block(directory: Path) -> Iterator[Open]:
         yield lambda: FileDevice.open(path)
 
 
+@contextmanager
+def remote(directory: Path) -> Iterator[Open]:
+    """Behind nbdkit, which takes whole blocks of 512 bytes only."""
+    path = _image(directory)
+    with nbdkit(directory, "--filter=blocksize-policy", "file", path, *BLOCKS) as uri:
+        yield lambda: open_remote(uri)
+
+
+BLOCKS = ("blocksize-minimum=512", "blocksize-error-policy=error")
+
+
+@contextmanager
+def nbdkit(directory: Path, *words: str | Path) -> Iterator[str]:
+    """An nbdkit; its URI."""
+    path = directory / "nbdkit.sock"
+    pid = directory / "nbdkit.pid"
+    process = subprocess.Popen(["nbdkit", "-f", "-U", path, "-P", pid, *words])
+    try:
+        while not pid.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        yield f"nbd+unix:///?socket={path}"
+    finally:
+        process.kill()
+        process.wait()
+        pid.unlink(missing_ok=True)
+
+
+@contextmanager
+def qcow2(directory: Path) -> Iterator[Open]:
+    path = directory / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE)], check=True)
+    yield lambda: open_qcow2(str(path))
+
+
 HAS_LOOP_DEVICES = os.geteuid() == 0 and (
     "CI" in os.environ or os.access("/dev/loop-control", os.W_OK)
 )
 
-KINDS = [memory, memory_later, file, file_in_pool, file_in_memory, temp, temp_in_memory]
+KINDS = [
+    *(memory, memory_later, file, file_in_pool, file_in_memory, temp, temp_in_memory),
+    *(remote, qcow2),
+]
 if HAS_LOOP_DEVICES:
     KINDS.append(block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -31,6 +32,9 @@ from fleecenbd.server.jobs import Jobs
 from fleecenbd.server.names import bad_name, is_name
 from fleecenbd.server.sessions import Begun, Places, Sessions
 from fleecenbd.server.views import BitmapView, DiskView, SessionView, bitmap_view, own_view
+
+_IMAGE = re.compile(r"^(raw|qcow2):")
+_NBD_URI = re.compile(r"nbds?(\+unix|\+vsock)?://")
 
 BodyT = TypeVar("BodyT")
 
@@ -186,9 +190,11 @@ class Calls:
     async def add_disk(self, name: str, body: bytes) -> DiskView:
         check_name(name, "a disk")
         image = decode(body, AddDiskBody).image
-        if not os.path.isabs(image.removeprefix("raw:")) or "\0" in image:
+        path = _IMAGE.sub("", image)
+        if not (os.path.isabs(path) or _NBD_URI.match(image)) or "\0" in image:
             raise CallError(
-                422, f"{image!r} is no absolute path; the server has a folder of its own"
+                422,
+                f"{image!r} is no absolute path and no NBD URI; the server has a folder of its own",
             )
         try:
             return await self.sessions.add_disk(name, image)

@@ -29,6 +29,9 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SLACK_NS = 2_000_000_000
 """How much later than its start a write that was in flight at a kill may have set mtime."""
 
+QCOW2 = "qcow2:"
+"""What the name of an image begins with that is a qcow2 file."""
+
 FILE, BLOCK, OTHER = "file", "block", "other"
 """Kinds of images: OTHER ones are a child's or another server's, whose calls outlive us."""
 
@@ -119,5 +122,8 @@ def why_not(
 
 
 def real_path(image: str) -> str:
-    """The image's path, absolute and without links."""
-    return os.path.realpath(image)
+    """The image's path, absolute and without links; a URI as it is."""
+    if "://" in image:
+        return image
+    prefix = QCOW2 if image.startswith(QCOW2) else ""
+    return prefix + os.path.realpath(image.removeprefix(prefix))

@@ -15,12 +15,12 @@ from contextlib import asynccontextmanager
 
 
 class _Entry:
-    __slots__ = ("end", "ended", "is_zero", "start")
+    __slots__ = ("end", "ended", "is_alone", "start")
 
-    def __init__(self, start: int, end: int, *, is_zero: bool) -> None:
+    def __init__(self, start: int, end: int, *, is_alone: bool) -> None:
         self.start = start
         self.end = end
-        self.is_zero = is_zero
+        self.is_alone = is_alone
         self.ended = asyncio.Event()
 
 
@@ -33,14 +33,17 @@ class Apart:
         self._entries: dict[_Entry, None] = {}
 
     @asynccontextmanager
-    async def request(self, offset: int, length: int, *, is_zero: bool) -> AsyncIterator[None]:
-        """Wait until nothing that came before and must not be beside it is in flight."""
+    async def request(self, offset: int, length: int, *, is_alone: bool) -> AsyncIterator[None]:
+        """Wait until nothing that came before and must not be beside it is in flight.
+
+        ``is_alone``: nothing may be; else only those that are.
+        """
         end = offset + length
-        entry = _Entry(offset & ~self._mask, (end + self._mask) & ~self._mask, is_zero=is_zero)
+        entry = _Entry(offset & ~self._mask, (end + self._mask) & ~self._mask, is_alone=is_alone)
         before = [
             other
             for other in self._entries
-            if (is_zero or other.is_zero) and other.start < entry.end and entry.start < other.end
+            if (is_alone or other.is_alone) and other.start < entry.end and entry.start < other.end
         ]
         self._entries[entry] = None
         try:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fleecenbd.client.apart import Apart
 from fleecenbd.client.nbd_target import NbdTarget
+from fleecenbd.storage.apart import Apart
 from fleecenbd.storage.nbd_client import NbdClient
 from tests.storage.scripted_nbd import WRITE_ZEROES, Connection, Request, scripted
 
@@ -25,7 +25,7 @@ class Calls:
 
     def begin(self, name: str, offset: int, length: int, *, is_zero: bool) -> asyncio.Task[None]:
         async def call() -> None:
-            async with self.apart.request(offset, length, is_zero=is_zero):
+            async with self.apart.request(offset, length, is_alone=is_zero):
                 self.in_flight[name] = asyncio.Event()
                 try:
                     await self.in_flight[name].wait()
@@ -46,10 +46,10 @@ class Calls:
 
 async def test_a_zeroing_waits_for_the_writes_before_it_and_those_after_it_wait_for_it() -> None:
     calls = Calls()
-    calls.begin("w1", 0, 4096, is_zero=False)
-    calls.begin("w2", 8192, 4096, is_zero=False)
-    calls.begin("z", 4096, 4096, is_zero=True)
-    calls.begin("w3", 16384, 4096, is_zero=False)
+    calls.begin("w1", 0, 4096, is_alone=False)
+    calls.begin("w2", 8192, 4096, is_alone=False)
+    calls.begin("z", 4096, 4096, is_alone=True)
+    calls.begin("w3", 16384, 4096, is_alone=False)
     assert await calls.now() == {"w1", "w2"}
     assert await calls.end("w1") == {"w2"}
     assert await calls.end("w2") == {"z"}
@@ -59,20 +59,20 @@ async def test_a_zeroing_waits_for_the_writes_before_it_and_those_after_it_wait_
 
 async def test_what_shares_no_cluster_waits_for_nobody() -> None:
     calls = Calls()
-    calls.begin("z", CLUSTER, 2 * CLUSTER, is_zero=True)
-    calls.begin("before", 0, CLUSTER, is_zero=False)
-    calls.begin("after", 3 * CLUSTER, 1, is_zero=False)
-    calls.begin("in", 3 * CLUSTER - 1, 1, is_zero=False)
-    calls.begin("over", 3 * CLUSTER - 1, 2, is_zero=False)
+    calls.begin("z", CLUSTER, 2 * CLUSTER, is_alone=True)
+    calls.begin("before", 0, CLUSTER, is_alone=False)
+    calls.begin("after", 3 * CLUSTER, 1, is_alone=False)
+    calls.begin("in", 3 * CLUSTER - 1, 1, is_alone=False)
+    calls.begin("over", 3 * CLUSTER - 1, 2, is_alone=False)
     assert await calls.now() == {"z", "before", "after"}
     assert await calls.end("z") == {"before", "after", "in", "over"}
 
 
 async def test_one_that_is_cancelled_keeps_nobody_waiting() -> None:
     calls = Calls()
-    calls.begin("w1", 0, 4096, is_zero=False)
-    zeroing = calls.begin("z", 4096, 4096, is_zero=True)
-    calls.begin("w2", 8192, 4096, is_zero=False)
+    calls.begin("w1", 0, 4096, is_alone=False)
+    zeroing = calls.begin("z", 4096, 4096, is_alone=True)
+    calls.begin("w2", 8192, 4096, is_alone=False)
     assert await calls.now() == {"w1"}
     zeroing.cancel()
     assert await calls.now() == {"w1", "w2"}

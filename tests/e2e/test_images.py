@@ -1,0 +1,388 @@
+"""Disks that are no raw files: qcow2 images, and exports of other NBD servers."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbd
+import pytest
+
+from tests.controlling import Control
+from tests.disks import KIB, MIB, first_difference, make_disk
+from tests.remembering import Moment, RememberingGuest, remembering
+from tests.serving import FLEECENBD, Serving, connected, run, serving, try_run
+
+SIZE = 8 * MIB + 64 * KIB
+TIMEOUT_S = 60.0
+
+
+def _qcow2(folder: Path, *, name: str = "vda.qcow2") -> tuple[Path, bytes]:
+    """An overlay over a compressed image with an internal snapshot in it, and what a guest sees."""
+    raw = make_disk(folder / "base.raw", SIZE, islands=60)
+    base, path = folder / "base.qcow2", folder / name
+    run("qemu-img", "convert", "-c", "-O", "qcow2", raw, base)
+    run("qemu-img", "snapshot", "-c", "before", base)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", path)
+    return path, raw.read_bytes()
+
+
+def _seen(path: Path, folder: Path) -> bytes:
+    """What a guest sees in a qcow2 image that nobody has open."""
+    raw = folder / "seen.raw"
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, raw)
+    return raw.read_bytes()
+
+
+def _read(uri: str) -> bytes:
+    with connected(uri) as client:
+        data = b""
+        while len(data) < client.get_size():
+            data += bytes(client.pread(min(MIB, client.get_size() - len(data)), len(data)))
+        return data
+
+
+def _children(server: Serving) -> list[int]:
+    text = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+    found = [int(word) for word in text.read_text().split()]
+    for task in Path(f"/proc/{server.pid}/task").iterdir():
+        found += [int(word) for word in (task / "children").read_text().split()]
+    return sorted(set(found))
+
+
+def _state(pid: int) -> str | None:
+    """Z: it has ended, and nobody has looked for its status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _wait_for_end(pid: int) -> None:
+    end = time.monotonic() + TIMEOUT_S
+    while _state(pid) not in (None, "Z"):
+        assert time.monotonic() < end, f"{pid} goes on"
+        time.sleep(0.01)
+
+
+def _is_backed_up(server: Serving, guest: RememberingGuest, folder: Path, name: str) -> None:
+    """A session over a guest that writes, pulled by us and by nbdcopy: its moment, byte by byte."""
+    control = Control(f"{server.unix}.control")
+    guest.wait(20)
+    moment = Moment([guest])
+    control.call("PUT", f"sessions/{name}")
+    moment.is_over()
+    guest.wait(20)
+    copied = folder / f"{name}.copied.raw"
+    run("nbdcopy", server.uri(f"vda@{name}"), copied)
+    assert moment.is_shown_by(copied.read_bytes())
+    pulled = folder / f"{name}.pulled.raw"
+    run(FLEECENBD, "pull", server.uri(f"vda@{name}"), pulled)
+    assert first_difference(pulled, copied) is None
+    with connected(server.uri(f"vda@{name}")) as backup, pytest.raises(nbd.Error, match="Invalid"):
+        backup.pread(4096, 0)
+    control.call("DELETE", f"sessions/{name}")
+
+
+def test_a_qcow2_disk_is_served_fleeced_and_left_whole(tmp_path: Path) -> None:
+    path, content = _qcow2(tmp_path)
+    with serving(tmp_path, f"qcow2:{path}") as server:
+        assert _read(server.uri("vda")) == content
+        guest = RememberingGuest(server.uri("vda"), content)
+        with remembering(guest):
+            _is_backed_up(server, guest, tmp_path, "n")
+            _is_backed_up(server, guest, tmp_path, "m")
+        now = _read(server.uri("vda"))
+        (child,) = _children(server)
+        info = run("qemu-img", "info", "-U", path)
+        assert "base.qcow2" in info
+    _wait_for_end(child)
+    run("qemu-img", "check", "-q", path)
+    assert _seen(path, tmp_path) == now
+    assert not list(Path("/tmp").glob(f"fleecenbd-*/qmp{child}"))
+
+
+def test_a_guest_s_discards_free_space_in_a_qcow2_disk(tmp_path: Path) -> None:
+    path = tmp_path / "vda.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE))
+    with serving(tmp_path, f"qcow2:{path}") as server, connected(server.uri("vda")) as guest:
+        guest.pwrite(os.urandom(4 * MIB), 0)
+        guest.flush()
+        before = path.stat().st_blocks
+        guest.trim(2 * MIB, 0)
+        guest.zero(MIB, 2 * MIB)
+        guest.flush()
+        assert bytes(guest.pread(3 * MIB, 0)) == bytes(3 * MIB)
+        assert path.stat().st_blocks * 512 <= before * 512 - 3 * MIB + 128 * KIB
+
+
+def test_a_server_that_is_killed_loses_nothing_that_a_guest_was_told_is_written(
+    tmp_path: Path,
+) -> None:
+    """As with a raw file, whose pages the kernel keeps: the child writes out what it holds."""
+    path, content = _qcow2(tmp_path)
+    with serving(tmp_path, f"qcow2:{path}") as server, connected(server.uri("vda")) as guest:
+        guest.pwrite(b"written" * 1000, 5 * MIB + 77)  # and not flushed
+        (child,) = _children(server)
+        server.kill()
+    expected = bytearray(content)
+    expected[5 * MIB + 77 : 5 * MIB + 77 + 7000] = b"written" * 1000
+    with serving(tmp_path, f"qcow2:{path}") as server:  # it waits for the child
+        assert _state(child) in (None, "Z"), "it has ended"
+        assert _read(server.uri("vda")) == expected
+
+
+def test_what_belongs_to_a_qcow2_disk_is_lost_with_its_server_by_name(tmp_path: Path) -> None:
+    path, _ = _qcow2(tmp_path)
+    with serving(tmp_path, f"qcow2:{path}") as server:
+        control = Control(f"{server.unix}.control")
+        control.call("PUT", "sessions/n", bitmap="b", bitmap_mode="new")
+    with serving(tmp_path, f"qcow2:{path}") as server:
+        control = Control(f"{server.unix}.control")
+        session = control.call("GET", "sessions/n")
+        assert session["state"] == "broken"
+        assert (
+            "is no raw file or block device: nobody can tell who wrote to it" in session["reason"]
+        )
+        (disk,) = control.call("GET", "disks")["disks"]
+        assert [bitmap["state"] for bitmap in disk["bitmaps"]] == ["lost"]
+
+
+def test_a_child_that_dies_fails_its_disk_and_no_other(tmp_path: Path) -> None:
+    path, _ = _qcow2(tmp_path)
+    other = make_disk(tmp_path / "vdb.raw", MIB)
+    with serving(tmp_path, f"qcow2:{path}", other) as server:
+        control = Control(f"{server.unix}.control")
+        control.call("PUT", "sessions/n")
+        (child,) = _children(server)
+        with connected(server.uri("vda")) as guest, connected(server.uri("vdb")) as sound:
+            os.kill(child, signal.SIGKILL)
+            with pytest.raises(nbd.Error, match="Input/output error"):
+                guest.pwrite(bytes(4096), 0)
+            sound.pwrite(b"sound" * 100, 0)
+            with pytest.raises(nbd.Error, match="Input/output error"):
+                guest.flush()
+        session = control.call("GET", "sessions/n")
+        assert session["state"] == "broken"
+        assert "qcow2:" in session["reason"]
+        server.status = 1  # it could not be synced
+    assert "qemu-storage-daemon has ended" in server.messages()
+    run("qemu-img", "check", "-q", path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file or directory"),
+        (b"raw" * 1000, "Image is not in qcow2 format"),
+    ],
+)
+def test_what_is_no_qcow2_image_is_told_in_qemu_s_words(
+    tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    path = tmp_path / "vda.qcow2"
+    if content is not None:
+        path.write_bytes(content)
+    result = try_run(FLEECENBD, "serve", f"qcow2:{path}", "-U", tmp_path / "s")
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"fleecenbd: cannot open disk vda: qcow2:{path}: QEMU: ")
+    assert words in line
+
+
+def test_an_image_that_qemu_has_open_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = _qcow2(tmp_path)
+    with serving(tmp_path, f"qcow2:{path}"):
+        begun = time.monotonic()
+        result = try_run(FLEECENBD, "serve", f"qcow2:{path}", "-U", tmp_path / "s")
+        assert time.monotonic() - begun > 8, "the last server's child may be ending"
+    assert result.returncode == 1
+    assert "Failed to get" in result.stderr
+    assert "another process has it open" in result.stderr
+
+
+# -- other NBD servers -----------------------------------------------------------------------------
+
+
+class Backend:
+    """An nbdkit over a file, that can be killed and come back."""
+
+    def __init__(self, folder: Path, *words: str | Path) -> None:
+        self.image = make_disk(folder / "remote.raw", SIZE, islands=60)
+        self.socket = folder / "remote.sock"
+        self.uri = f"nbd+unix:///?socket={self.socket}"
+        self._words = ("file", self.image, *words)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.socket.unlink(missing_ok=True)
+        pid = self.socket.with_suffix(".pid")
+        pid.unlink(missing_ok=True)
+        self._process = subprocess.Popen(
+            ["nbdkit", "-f", "-U", self.socket, "-P", pid, *map(str, self._words)]
+        )
+        while not pid.exists():
+            assert self._process.poll() is None
+            time.sleep(0.01)
+
+    def goes_away(self, seconds: float) -> None:
+        """Kill it; it comes back by itself. (A guest of libnbd's lets no thread of ours run.)"""
+        command = shlex.join(["nbdkit", "-f", "-U", str(self.socket), *map(str, self._words)])
+        self.kill()
+        self.socket.unlink()
+        self._process = subprocess.Popen(["sh", "-c", f"sleep {seconds}; exec {command}"])
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+
+@contextmanager
+def _backend(folder: Path, *words: str | Path) -> Iterator[Backend]:
+    backend = Backend(folder, *words)
+    backend.start()
+    try:
+        yield backend
+    finally:
+        backend.kill()
+
+
+def test_a_disk_of_another_nbd_server_is_served_and_fleeced(tmp_path: Path) -> None:
+    with _backend(tmp_path, "--filter=delay", "rdelay=1ms", "wdelay=2ms") as backend:
+        content = backend.image.read_bytes()
+        with serving(tmp_path, f"vda={backend.uri}") as server:
+            guest = RememberingGuest(server.uri("vda"), content)
+            with remembering(guest):
+                _is_backed_up(server, guest, tmp_path, "n")
+                _is_backed_up(server, guest, tmp_path, "m")
+            now = _read(server.uri("vda"))
+        assert backend.image.read_bytes() == now
+
+
+def test_a_remote_disk_that_goes_away_and_comes_back_keeps_its_guest_waiting(
+    tmp_path: Path,
+) -> None:
+    with _backend(tmp_path) as backend:
+        content = backend.image.read_bytes()
+        with serving(tmp_path, f"vda={backend.uri}") as server:
+            guest = RememberingGuest(server.uri("vda"), content)
+            with remembering(guest):
+                for name in ("n", "m"):
+                    guest.wait(20)
+                    backend.goes_away(0.5)
+                    _is_backed_up(server, guest, tmp_path, name)
+            now = _read(server.uri("vda"))
+        assert backend.image.read_bytes() == now
+    assert "connecting again" in server.messages()
+
+
+def test_a_remote_disk_that_stays_away_breaks_the_session_and_lets_the_server_stop(
+    tmp_path: Path,
+) -> None:
+    with _backend(tmp_path) as backend, serving(tmp_path, f"vda={backend.uri}") as server:
+        control = Control(f"{server.unix}.control")
+        control.call("PUT", "sessions/n", cbw_timeout=0.5)
+        with connected(server.uri("vda")) as guest:
+            backend.kill()
+            waiting = guest.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(4096)), 0)
+            session = control.call("GET", "sessions/n")
+            end = time.monotonic() + TIMEOUT_S
+            while session["state"] != "broken":
+                assert time.monotonic() < end
+                guest.poll(100)
+                session = control.call("GET", "sessions/n")
+            assert "a guest write waited over 0.5 s for copying old data" in session["reason"]
+            assert not guest.aio_command_completed(waiting), "it waits for its disk"
+            server.process.send_signal(signal.SIGTERM)
+            server.process.wait(TIMEOUT_S)
+        server.status = 1  # it could not be synced
+        backend.start()
+
+
+def test_an_error_of_a_remote_disk_is_the_guest_s_or_its_session_s(tmp_path: Path) -> None:
+    errors = tmp_path / "errors"
+    words = ("--filter=error", "error=EIO", "error-rate=100%", f"error-file={errors}")
+    with _backend(tmp_path, *words) as backend:
+        content = backend.image.read_bytes()
+        with serving(tmp_path, f"vda={backend.uri}") as server:
+            control = Control(f"{server.unix}.control")
+            control.call("PUT", "sessions/n")
+            with connected(server.uri("vda")) as guest:
+                errors.touch()
+                for call in (lambda: guest.pread(4096, 0), lambda: guest.pwrite(bytes(4096), 0)):
+                    with pytest.raises(nbd.Error, match="Input/output error"):
+                        call()
+                session = control.call("GET", "sessions/n")
+                assert session["state"] == "broken"
+                assert f"old data could not be copied: {backend.uri}" in session["reason"]
+                errors.unlink()
+                assert bytes(guest.pread(4096, 0)) == content[:4096], "nothing was written"
+            control.call("DELETE", "sessions/n")
+            guest = RememberingGuest(server.uri("vda"), content)
+            with remembering(guest):
+                _is_backed_up(server, guest, tmp_path, "m")
+
+
+def test_a_remote_disk_of_blocks_takes_writes_of_any_length(tmp_path: Path) -> None:
+    words = ("blocksize-minimum=4096", "blocksize-error-policy=error")
+    with _backend(tmp_path, "--filter=blocksize-policy", *words) as backend:
+        content = backend.image.read_bytes()
+        with serving(tmp_path, f"vda={backend.uri}") as server:
+            guest = RememberingGuest(server.uri("vda"), content)
+            with remembering(guest):
+                _is_backed_up(server, guest, tmp_path, "n")
+            now = _read(server.uri("vda"))
+        assert backend.image.read_bytes() == now
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("-r",), "it can only be read; serve it with --read-only"),
+        (("--filter=nofilter-is-there",), "there is no such socket"),
+    ],
+)
+def test_what_can_be_no_disk_is_told_why(tmp_path: Path, words: tuple[str, ...], text: str) -> None:
+    backend = Backend(tmp_path, *words)
+    if words == ("-r",):
+        backend.start()
+    try:
+        result = try_run(FLEECENBD, "serve", f"vda={backend.uri}", "-U", tmp_path / "s")
+        assert result.returncode == 1
+        assert text in result.stderr
+        (_line,) = result.stderr.splitlines()
+        if words == ("-r",):
+            with serving(tmp_path, f"vda={backend.uri}", "-r") as server:
+                assert _read(server.uri("vda")) == backend.image.read_bytes()
+    finally:
+        if words == ("-r",):
+            backend.kill()
+
+
+def test_disks_of_every_kind_can_be_added_to_a_server_and_removed(tmp_path: Path) -> None:
+    path, content = _qcow2(tmp_path)
+    with (
+        _backend(tmp_path) as backend,
+        serving(tmp_path, make_disk(tmp_path / "a.raw", MIB)) as server,
+    ):
+        control = ("--control", f"{server.unix}.control")
+        run(FLEECENBD, "disk", "add", f"q=qcow2:{path}", *control)
+        run(FLEECENBD, "disk", "add", f"r={backend.uri}", *control)
+        assert _read(server.uri("q")) == content
+        assert _read(server.uri("r")) == backend.image.read_bytes()
+        again = try_run(FLEECENBD, "disk", "add", f"r2={backend.uri}", *control)
+        assert again.returncode == 1
+        assert "r and r2 are the same image" in again.stderr
+        (child,) = _children(server)
+        run(FLEECENBD, "disk", "remove", "q", *control)
+        _wait_for_end(child)
+        run(FLEECENBD, "disk", "remove", "r", *control)
