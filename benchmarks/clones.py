@@ -217,7 +217,9 @@ def main() -> None:
 def tell(kind: str, place: Path, device: str, rounds: int) -> None:
     os.close(filled(place / "active"))
     print(f"\n{kind}: us per copy / us of the guest's own write after it\n")
-    print("| length | source |", *(f"{name} |" for name in WAYS), "clone : plain | with the write |")
+    print(
+        "| length | source |", *(f"{name} |" for name in WAYS), "clone : plain | with the write |"
+    )
     print("| --- " * (len(WAYS) + 4) + "|")
     for length in LENGTHS:
         for state in STATES:
