@@ -103,7 +103,8 @@ def _target(
         watch = world.rng.choice(live)
         if call.kind == "read" and not isinstance(call.request, GuestWrite):
             return None
-        return disk, watch, TO_COPY_READ if call.kind == "read" else TO_GUEST_CHANGE
+        asks = call.kind in ("read", "extents")
+        return disk, watch, TO_COPY_READ if asks else TO_GUEST_CHANGE
     return disk, watch, TO_STATUS if call.kind == "extents" else TO_FROZEN_READ
 
 
