@@ -13,6 +13,7 @@ and their ratio to pread and pwrite. Needs root, mkfs.xfs and mkfs.btrfs.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import fcntl
 import os
 import random
@@ -27,6 +28,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter, sleep
+
+from fleecenbd.engine import copy_reads
+from fleecenbd.engine.disk import Disk
+from fleecenbd.engine.session import SessionOptions, arm
+from fleecenbd.storage.device import Device
+from fleecenbd.storage.file import FileDevice
+from fleecenbd.storage.temp import TempImage
 
 FICLONERANGE = 0x4020940D
 IMAGE_SIZE = 1 << 30
@@ -193,6 +201,43 @@ def beside(place: Path, length: int, name: str | None, state: str, seconds: floa
     return sorted(waits)
 
 
+async def by_the_engine(
+    place: Path, block_device: str, length: int, state: str, count: int, clones: bool
+) -> tuple[float, float]:
+    """(median s of a guest's write with its copy, bytes written to the device per byte of it)."""
+    device = FileDevice.open(place / "active")
+    disk = Disk("vda", device)
+    descriptor = device.lend()
+    offsets = random.sample(range(0, IMAGE_SIZE, STEP), count)
+    for offset in offsets:
+        prepare(descriptor, state, offset, length)
+
+    async def make_temp(disk: Disk, cluster_size: int, session_id: str) -> Device:
+        return TempImage.create(place, "temp", disk.size, cluster_size=cluster_size)
+
+    shortest = copy_reads.CLONE_LENGTH_MIN
+    copy_reads.CLONE_LENGTH_MIN = length if clones else 1 << 60
+    if state != "dirty":
+        os.sync()
+    before = written_bytes(block_device)
+    session = await arm("s", [disk], SessionOptions(), make_temp, clock=perf_counter)
+    times = []
+    for offset in offsets:
+        data = os.urandom(length)
+        started = perf_counter()
+        if not disk.write_now(offset, data):
+            await disk.write(offset, data)
+        times.append(perf_counter() - started)
+    os.sync()
+    written = written_bytes(block_device) - before
+    copy_reads.CLONE_LENGTH_MIN = shortest
+    session.finish()
+    os.close(descriptor)
+    device.close()
+    await device.wait_closed()
+    return statistics.median(times), written / (count * length)
+
+
 def us(seconds: float) -> str:
     return f"{seconds * 1e6:,.0f}"
 
@@ -230,16 +275,36 @@ def tell(kind: str, place: Path, device: str, rounds: int) -> None:
             both = (copy["clone"] + write["clone"]) / (copy["plain"] + write["plain"])
             cells += [f"{copy['clone'] / copy['plain']:.2f}", f"{both:.2f}"]
             print(f"| {size(length)} | {state} |", " | ".join(cells), "|", flush=True)
+    print(f"\n{kind}: a guest's write by the engine, us / bytes written per byte: plain, clones\n")
+    for length in (*LENGTHS[1:3], 512 << 10, LENGTHS[3]):
+        for state in STATES:
+            pairs: dict[bool, list[tuple[float, float]]] = defaultdict(list)
+            for turn in range(6):
+                clones = turn % 2 == 1
+                one = by_the_engine(place, device, length, state, 100, clones)
+                pairs[clones].append(asyncio.run(one))
+            cells = []
+            for clones in (False, True):
+                spent, share = (
+                    statistics.median(column) for column in zip(*pairs[clones], strict=True)
+                )
+                cells.append(f"{us(spent)} / {share:.2f}")
+            ratio = statistics.median(
+                c[0] / p[0] for p, c in zip(pairs[False], pairs[True], strict=True)
+            )
+            print(
+                f"| {size(length)} | {state} |", " | ".join(cells), f"| {ratio:.2f} |", flush=True
+            )
     print(f"\n{kind}: with a sync at the end, ms per copy / bytes written per byte copied\n")
     for length in LENGTHS:
         count = 256
-        pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        ends: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for _ in range(3):
             for name in ("plain", "clone"):
-                pairs[name].append(to_the_end(place, device, length, name, count))
+                ends[name].append(to_the_end(place, device, length, name, count))
         cells = []
         for name in ("plain", "clone"):
-            spent, share = (statistics.median(column) for column in zip(*pairs[name], strict=True))
+            spent, share = (statistics.median(column) for column in zip(*ends[name], strict=True))
             cells.append(f"{spent:.2f} / {share:.2f}")
         print(f"| {size(length)} |", " | ".join(cells), "|", flush=True)
     print(f"\n{kind}: a guest's 4 KiB writes elsewhere meanwhile, us: median, p99, max\n")
