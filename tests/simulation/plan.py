@@ -93,7 +93,7 @@ def draw(seed: int) -> Plan:
         _disk(random.Random(f"disk {seed} {number}"), kind, number, disk_count)
         for number in range(disk_count)
     )
-    clones = _clones(random.Random(f"clones of {seed}"))
+    clones = _clones(random.Random(f"sharing {seed}"))
     session_count = rng.randrange(2, 5)
     if kind == "crowd":
         session_count = rng.randrange(4, 7)
