@@ -97,7 +97,7 @@ class SimDevice:
     async def clone(self, source: SimDevice, offset: int, length: int) -> bool:
         if (offset | length) % self.hole_size or offset + length > source.size:
             self._watcher.violation(f"X: clone {offset}+{length} is not of whole blocks")
-        if self._rng.random() < self.profile.refuses_clone:
+        if self._refuses_clone():
             await self._later(self._call("refused clone", offset, length, None))
             return False
         call = self._call("clone", offset, length, None)
@@ -156,6 +156,9 @@ class SimDevice:
     def _answers_now(self, chance: float) -> bool:
         alive = self._wakes_at() <= self._loop.time()
         return chance > 0 and alive and self._rng.random() < chance
+
+    def _refuses_clone(self) -> bool:
+        return self._rng.random() < self.profile.refuses_clone
 
     def _wakes_at(self) -> float:
         now = self._loop.time()
