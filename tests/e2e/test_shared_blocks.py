@@ -82,3 +82,24 @@ def test_where_no_blocks_are_shared_the_session_is_none_the_worse(tmp_path: Path
             with connected(server.uri("vda@nightly")) as backup:
                 for offset, length in LONG:
                     assert backup.pread(length, offset) == content[offset : offset + length]
+
+
+def test_while_space_is_short_the_temp_image_has_blocks_of_its_own(tmp_path: Path) -> None:
+    """A guest's write to shared blocks takes new ones, which might not be there."""
+    with mounted("xfs", tmp_path) as folder:
+        image = folder / "vda.raw"
+        content = _make_disk(image)
+        room = os.statvfs(folder)
+        with (folder / "filler").open("wb") as filler:
+            os.posix_fallocate(filler.fileno(), 0, room.f_bavail * room.f_frsize - 48 * MIB)
+        places = blocks(image)
+        with serving(folder, f"vda={image}", "--begin", "nightly") as server:
+            with connected(server.uri("vda")) as guest:
+                for offset, length in LONG:
+                    guest.pwrite(bytes(length), offset)
+                guest.flush()
+            assert not set(places.values()) & set(blocks(_temp_image(folder / "state")).values())
+            assert blocks(image) == places
+            with connected(server.uri("vda@nightly")) as backup:
+                for offset, length in LONG:
+                    assert backup.pread(length, offset) == content[offset : offset + length]
