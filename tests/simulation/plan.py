@@ -192,7 +192,7 @@ def _session(
     kind: str,
     number: int,
     disks: tuple[DiskPlan, ...],
-    clones: dict[str, float] | None = None,
+    clones: dict[str, float],
 ) -> SessionPlan:
     chosen = tuple(sorted(rng.sample(range(len(disks)), rng.randrange(1, len(disks) + 1))))
     unit = max(disks[index].unit for index in chosen)
@@ -237,7 +237,7 @@ def _session(
         cbw_timeout_s=timeout_s,
         temp_limit_clusters=limit,
         cluster_size=unit,
-        temp_profile=replace(profile, **(clones or {})),
+        temp_profile=replace(profile, **clones),
         make_temp_fails=rng.random() < 0.04,
         deadline_s=rng.choice((5.0, 5.0, slowest)),
         pulls=rng.choice((0, 0, 1, 2)) if kind == "failing temp" else rng.choice((0, 1, 1, 2)),
