@@ -64,7 +64,9 @@ class CopyReads:
         except OSError:
             return None  # the read may do better, and says what is wrong if it doesn't
         parts = [part for run in self._runs(copy, extents) for part in self._split(*run)]
-        if all(how is not How.CLONE for _, _, how in parts):
+        kinds = {how for _, _, how in parts}
+        if How.READ in kinds and How.CLONE not in kinds:
+            self._expects_holes = False  # there is data, and ``read`` need not ask again
             return None
         if copy.shared is not None:
             copy.shared.parties -= 1

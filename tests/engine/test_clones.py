@@ -101,6 +101,19 @@ async def test_holes_are_not_cloned_and_take_no_space() -> None:
 
 
 @simulated
+async def test_a_hole_is_asked_for_once() -> None:
+    scene = Scene(size=COUNT * CLUSTER)
+    scene.active = GatedDevice("active", scene.size)
+    scene.disk = Disk("vda", scene.active)
+    fleece = await scene.arm()
+    _temp(fleece).may_clone = True
+    await _written(scene, 0, LONG + 1)
+    assert _ours(scene.active.log) == [f"extents {_span(0, LONG + 1)}"]
+    assert _temp(fleece).log == []
+    assert await read(fleece, 0, COUNT) == bytes(COUNT * CLUSTER)
+
+
+@simulated
 async def test_short_runs_of_data_between_holes_are_read() -> None:
     scene = Scene(size=COUNT * CLUSTER)
     data = bytearray(scene.content)
@@ -126,7 +139,6 @@ async def test_where_all_runs_of_data_are_short_the_whole_is_read() -> None:
     scene.active = GatedDevice("active", scene.size, bytes(data))
     scene.disk = Disk("vda", scene.active)
     fleece = await scene.arm()
-    fleece.block_copy._reads._expects_holes = False
     _temp(fleece).may_clone = True
     await _written(scene, 0, LONG + 1)
     assert _ours(scene.active.log) == [
