@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import Enum, auto
 
-from bitarray.util import zeros
+from bitarray import bitarray
 
 from fleecenbd.engine.state import Copy, FleeceState
 from fleecenbd.engine.zeroes import is_zero
@@ -76,7 +76,8 @@ class CopyReads:
     def _runs(self, copy: Copy, extents: list[Extent]) -> Iterator[tuple[int, int, bool]]:
         """(first, end, is there data) of clusters that are alike."""
         shift = self._state.shift
-        data = zeros(copy.end - copy.first)
+        data = bitarray(copy.end - copy.first)
+        data.setall(0)
         start = 0
         for length, flags in extents:
             end = start + length
