@@ -98,6 +98,8 @@ tools() {
     need libxml2-utils xmllint
     need git git
     need graphviz dot
+    need xfsprogs mkfs.xfs
+    need btrfs-progs mkfs.btrfs
     install_missing
     # What fleecenbd depends on, as wheels: a test installs it into an environment without network.
     .venv/bin/python -m pip wheel --quiet --disable-pip-version-check --wheel-dir .venv/wheels .

@@ -3,7 +3,7 @@
     claim     in one step: clear the run's copy bits, register a copy in flight
     run       read the active image, if there is anything to read (copy_reads.py); in the step that
               starts a temp write leave out what lost ``access``; write data as data, zeroes as
-              zeroes that use no space
+              zeroes that use no space; or read nothing, and let the temp image share the blocks
     end       in one step: where ``access`` is still set: ``done``, or ``copy`` again if it failed
     release   clear the bits in one step, wait for the temp calls in flight there, punch
 
@@ -23,14 +23,15 @@ import asyncio
 import errno
 import logging
 from collections import deque
+from collections.abc import Awaitable
 from itertools import islice
 
-from fleecenbd.engine.copy_reads import CopyReads
+from fleecenbd.engine.copy_reads import CopyReads, How
 from fleecenbd.engine.reqlist import RangeRequest
 from fleecenbd.engine.shared_read import ReadNow, SharedRead, SharedReads
 from fleecenbd.engine.state import Copy, FleeceState, Release
-from fleecenbd.engine.zeroes import is_zero
-from fleecenbd.storage.device import Buffer
+from fleecenbd.engine.zeroes import alike, is_zero
+from fleecenbd.storage.device import Buffer, Cloning
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class BlockCopy:
         state = self._state
         base = first
         while first < end:
-            stop, only_zeroes = self._alike(data, base, first, end)
+            stop, only_zeroes = alike(data, base, first, end, state.shift)
             if only_zeroes:
                 if state.charged.bits.find(1, first, stop) >= 0:
                     return False
@@ -168,24 +169,6 @@ class BlockCopy:
                     return False
             first = stop
         return True
-
-    def _alike(self, data: Buffer, base: int, first: int, end: int) -> tuple[int, bool]:
-        """(end of the run at ``first`` of clusters that are all zero or all not, zero or not).
-
-        ``data`` begins at cluster ``base``.
-        """
-        shift = self._state.shift
-        kind: bool | None = None
-        while first < end:
-            start = (first - base) << shift
-            length = min(1 << shift, len(data) - start)
-            zero = not data[start] and is_zero(data, start, length)
-            if kind is None:
-                kind = zero
-            elif kind != zero:
-                break
-            first += 1
-        return first, bool(kind)
 
     def _start_queued(self) -> None:
         access = self._state.access.bits
@@ -231,49 +214,82 @@ class BlockCopy:
             self._end(copy, error)
 
     async def _copy(self, copy: Copy) -> None:
+        parts = await self._reads.parts(copy)
+        if parts is None:
+            await self._write(copy.first, copy.end, await self._reads.read(copy))
+            return
+        for first, end, how in parts:
+            if how is How.ZERO:
+                await self._write(first, end, None)
+            elif how is How.READ or not await self._clone(first, end):
+                await self._write(first, end, await self._reads.read_part(first, end))
+
+    async def _clone(self, first: int, end: int) -> bool:
+        """Let the clusters share the active image's blocks; False: refused, write all of them."""
         state = self._state
         shift = state.shift
-        offset = copy.first << shift
-        data = await self._reads.read(copy)
         access = state.access.bits
-        first = copy.first
+        target = state.target
+        assert isinstance(target, Cloning), "CopyReads asks the temp image first"
         # Each round is one step up to its await: what lost access until now is left out.
-        while (first := access.find(1, first, copy.end)) >= 0:
-            stop = access.find(0, first, copy.end)
+        while (first := access.find(1, first, end)) >= 0:
+            stop = access.find(0, first, end)
             if stop < 0:
-                stop = copy.end
+                stop = end
+            state.charge(first, stop)
+            clone = target.clone(state.source, first << shift, (stop - first) << shift)
+            if not await self._temp_write(first, stop, clone):
+                return False
+            state.stats.cloned_bytes += (stop - first) << shift
+            first = stop
+        return True
+
+    async def _write(self, base: int, end: int, data: Buffer | None) -> None:
+        """Write to the clusters ``[base, end)`` what they held, ``data``; None: zeroes."""
+        state = self._state
+        shift = state.shift
+        access = state.access.bits
+        first = base
+        # Each round is one step up to its await: what lost access until now is left out.
+        while (first := access.find(1, first, end)) >= 0:
+            stop = access.find(0, first, end)
+            if stop < 0:
+                stop = end
             only_zeroes = data is None
             if data is not None:
-                stop, only_zeroes = self._alike(data, copy.first, first, stop)
+                stop, only_zeroes = alike(data, base, first, stop, shift)
             start = first << shift
             run_length = min(stop << shift, state.size) - start
             piece: memoryview | None = None
             if data is not None and not only_zeroes:
                 state.charge(first, stop)
-                piece = memoryview(data)[start - offset : start - offset + run_length]
+                offset = start - (base << shift)
+                piece = memoryview(data)[offset : offset + run_length]
             elif state.charged.bits.find(1, first, stop) < 0:
                 first = stop
                 continue
             # Zeroes where something is charged: an earlier, failed write may have left anything.
-            try:
-                if piece is None or not state.target.pwrite_now(start, piece):
-                    await self._temp_write(first, stop, piece)
-            except OSError:
-                # Only a failure on a cluster that still has access counts.
-                if access.find(1, first, stop) >= 0:
-                    raise
+            if piece is None:
+                zero = state.target.zero(start, (stop << shift) - start)
+                await self._temp_write(first, stop, zero)
+            elif not state.target.pwrite_now(start, piece):
+                await self._temp_write(first, stop, state.target.pwrite(start, piece))
             first = stop
 
-    async def _temp_write(self, first: int, end: int, data: memoryview | None) -> None:
-        """Write ``data``, or zeroes, to the clusters of the temp image; TRIM can wait for it."""
+    async def _temp_write(self, first: int, end: int, call: Awaitable[bool | None]) -> bool:
+        """Await a write to these clusters of the temp image; TRIM can wait for it.
+
+        False: a clone that was refused. Raises OSError.
+        """
         state = self._state
         request = state.temp_writes.add(RangeRequest(first, end))
-        offset = first << state.shift
         try:
-            if data is None:
-                await state.target.zero(offset, (end << state.shift) - offset)
-            else:
-                await state.target.pwrite(offset, data)
+            return await call is not False
+        except OSError:
+            # Only a failure on a cluster that still has access counts.
+            if state.access.bits.find(1, first, end) >= 0:
+                raise
+            return True
         finally:
             state.temp_writes.remove(request)
             state.trims.wake(first, end)

@@ -58,6 +58,8 @@ class FleeceStats:
     """Copies in flight that lost clusters to a release, wholly or in part."""
     copies_failed: int = 0
     copied_bytes: int = 0
+    cloned_bytes: int = 0
+    """Of these, and of copies that failed later: bytes that share the active image's blocks."""
     released_bytes: int = 0
     guest_waits: int = 0
     """Guest requests that had to wait for a copy or a frozen read."""

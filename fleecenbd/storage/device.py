@@ -19,7 +19,7 @@ Rules that every device keeps (tests/storage/test_contract.py)
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 Buffer: TypeAlias = bytes | bytearray
 """What a read returns."""
@@ -97,3 +97,35 @@ class Device(Protocol):
 
     async def wait_closed(self) -> None:
         """Return when the last call has ended and the file is closed."""
+
+
+@runtime_checkable
+class Cloning(Protocol):
+    """What a temp image may have besides: ranges that share another device's blocks."""
+
+    def clones(self, source: Device, offset: int, length: int) -> bool:
+        """Whether a clone of the range is likely to be made, and to pay. Cannot block."""
+
+    async def clone(self, source: Device, offset: int, length: int) -> bool:
+        """As a write of what ``source`` holds in the range, which is whole blocks.
+
+        False: refused, with nothing changed.
+        """
+
+
+class ReadNow(Protocol):
+    """Device.pread_now, as an attribute."""
+
+    def __call__(self, offset: int, length: int) -> Buffer | None: ...
+
+
+class ReadIntoNow(Protocol):
+    """Device.pread_into_now, as an attribute."""
+
+    def __call__(self, offset: int, buffer: memoryview) -> bool: ...
+
+
+class WriteNow(Protocol):
+    """Device.pwrite_now, as an attribute."""
+
+    def __call__(self, offset: int, data: Data) -> bool: ...

@@ -36,12 +36,12 @@ import ctypes
 import errno
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from time import monotonic
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fleecenbd.storage import system_calls
-from fleecenbd.storage.device import Buffer, Data, Extent
+from fleecenbd.storage.device import Buffer, Data, Extent, ReadIntoNow, ReadNow, WriteNow
 from fleecenbd.storage.errors import closed_error, named_error, read_only_error
 from fleecenbd.storage.filesystem import Medium, hole_size_of, medium_of
 from fleecenbd.storage.holes import Holes
@@ -86,24 +86,6 @@ _uncleared_buffer.restype = ctypes.py_object
 
 
 Result = TypeVar("Result")
-
-
-class ReadNow(Protocol):
-    """Device.pread_now, as an attribute."""
-
-    def __call__(self, offset: int, length: int) -> Buffer | None: ...
-
-
-class ReadIntoNow(Protocol):
-    """Device.pread_into_now, as an attribute."""
-
-    def __call__(self, offset: int, buffer: memoryview) -> bool: ...
-
-
-class WriteNow(Protocol):
-    """Device.pwrite_now, as an attribute."""
-
-    def __call__(self, offset: int, data: Data) -> bool: ...
 
 
 class FileDevice:
@@ -332,6 +314,17 @@ class FileDevice:
         if not await self._pool.run(self._changed, self._space.trim, offset, length):
             raise OSError(errno.ENOTSUP, "the range's space cannot be freed", self.name)
 
+    def change(self, change: Callable[..., Result], *arguments: int) -> Awaitable[Result]:
+        """A change of the caller's own, in the pool: ``change(descriptor, *arguments)``."""
+        self._check_writable()
+        return self._pool.run(self._changed, change, self._descriptor, *arguments)
+
+    def lend(self) -> int:
+        """The open file as a descriptor of the caller's, who closes it."""
+        if self._descriptor < 0:
+            raise closed_error(self.name)
+        return os.dup(self._descriptor)
+
     def _changed(self, change: Callable[..., Result], *arguments: int) -> Result:
         """Run by a pool thread: a change of space, which is to be flushed like a write."""
         self._holes.freed()
@@ -354,6 +347,10 @@ class FileDevice:
         if self._descriptor < 0:
             raise closed_error(self.name)
         return os.fstat(self._descriptor).st_blocks * 512
+
+    def dirty_pages(self, offset: int, length: int) -> int:
+        """Pages of the range that the disk has yet to get. Raises OSError where that isn't told."""
+        return system_calls.dirty_pages(self._descriptor, offset, length, self.name)
 
     def status(self) -> os.stat_result:
         """fstat(2) of the image."""

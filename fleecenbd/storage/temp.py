@@ -18,8 +18,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from fleecenbd.storage import system_calls
-from fleecenbd.storage.device import Buffer, Data, Extent
-from fleecenbd.storage.file import FileDevice, ReadIntoNow, ReadNow, WriteNow
+from fleecenbd.storage.clones import Clones
+from fleecenbd.storage.device import Buffer, Data, Device, Extent, ReadIntoNow, ReadNow, WriteNow
+from fleecenbd.storage.file import FileDevice
 from fleecenbd.storage.filesystem import hole_size_of
 from fleecenbd.storage.locks import LockMode, lock_image
 from fleecenbd.storage.pool import SIZE_MAX
@@ -57,6 +58,7 @@ class TempImage:
         self._file_size = _rounded_up(size, self.hole_size)
         os.ftruncate(descriptor, self._file_size)
         self._file = FileDevice(descriptor, name, size=size, role="temp", threads_max=threads_max)
+        self._clones = Clones(self._file)
         self.pread_now: ReadNow = self._file.pread_now
         self.pread_into_now: ReadIntoNow = self._file.pread_into_now
         self.pwrite_now: WriteNow = self._file.pwrite_now
@@ -146,6 +148,14 @@ class TempImage:
     async def pwrite(self, offset: int, data: Data) -> None:
         """Write all of ``data``; ENOSPC where the file system is full."""
         await self._file.pwrite(offset, data)
+
+    def clones(self, source: Device, offset: int, length: int) -> bool:
+        """Whether ``clone`` is worth trying (clones.py)."""
+        return self._clones.likely(source, offset, length)
+
+    async def clone(self, source: Device, offset: int, length: int) -> bool:
+        """Share the blocks that ``source`` has in the range; False: refused."""
+        return await self._clones.make(source, offset, length)
 
     async def zero(
         self, offset: int, length: int, *, may_trim: bool = True, fast: bool = False

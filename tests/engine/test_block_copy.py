@@ -279,7 +279,7 @@ async def test_a_fault_of_our_own_breaks_the_session_and_no_guest(
     async def wrong(*arguments: object) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(fleece.block_copy, "_temp_write", wrong)
+    monkeypatch.setattr(fleece.block_copy, "_write", wrong)
     with caplog.at_level(logging.ERROR):
         await scene.write(0)
     assert fleece.broken == "internal error: RuntimeError('planted')"

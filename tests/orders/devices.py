@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from tests.simulation.calls import CHANGES, Call, Profile
 from tests.simulation.devices import SimDevice
 
+from .scenario import NEVER, REFUSED
+
 if TYPE_CHECKING:
     from .world import OrderWorld
 
@@ -46,6 +48,12 @@ class OrderDevice(SimDevice):
 
     def _answers_now(self, chance: float) -> bool:
         return self._world.answers_now(self)
+
+    def clones(self, source: SimDevice, offset: int, length: int) -> bool:
+        return self._world.scenario.clones != NEVER
+
+    def _refuses_clone(self) -> bool:
+        return self._world.scenario.clones == REFUSED
 
     def _now(self, call: Call) -> None:
         """A call at once; it may fail at once, too."""

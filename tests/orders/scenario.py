@@ -121,7 +121,7 @@ Actors = Mapping[str, tuple[Step, ...]]
 Calls = tuple[tuple[str, ...], ...]
 """(device, kind of call), or (device, kind, actor); a device is ``vda`` or ``temp vda@s``."""
 
-NEVER, ALWAYS, EITHER = "never", "always", "either"
+NEVER, ALWAYS, EITHER, REFUSED = "never", "always", "either", "refused"
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,8 @@ class Scenario:
     """Calls that never end."""
     now: str = NEVER
     """Do the devices answer ``*_now`` at once?"""
+    clones: str = NEVER
+    """Do temp images clone? REFUSED: they say so, and don't."""
     pieces: bool = True
     halves: bool = False
     """Calls within one cluster land in two halves."""

@@ -17,6 +17,8 @@ QUICKEST = (
     ("a release does not wake those who wait for a read of a wider range", "hung_frozen_wide", "L"),
     ("a break or finish wakes nobody", "copies_queue", "L"),
     ("a claim leaves the copy bits set", "write_read_trim", "B"),
+    ("a clone shares clusters that lost access meanwhile", "clone_trim", "S"),
+    ("a clone that was refused counts as made", "clone_refused", "T0"),
     ("temp_limit is given back before the punch", "punch_fails", "S"),
     ("a read does not look again before its reply", "write_read_trim", "T0"),
     ("block status is not frozen", "stat", "T0"),

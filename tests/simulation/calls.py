@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 REQUEST: ContextVar[object | None] = ContextVar("request", default=None)
 """The client request on whose behalf the current step runs; device calls remember it."""
 
-CHANGES = ("write", "zero", "trim")
+CHANGES = ("write", "zero", "trim", "clone")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Profile:
     now_read_chance: float = 0.0
     now_write_chance: float = 0.0
     fail: dict[str, float] = field(default_factory=dict)
-    """Chance to fail, by kind of call: read, write, zero, trim, flush, extents."""
+    """Chance to fail, by kind of call: read, write, zero, trim, flush, extents (a clone: write)."""
     hang: dict[str, float] = field(default_factory=dict)
     late_chance: float = 0.5
     """Share of the hung calls that end after all, ``late_s`` later."""
@@ -41,6 +41,10 @@ class Profile:
     dies_at_s: float = math.inf
     lives_again_at_s: float = math.inf
     fast_zero: bool = True
+    clones: float = 0.0
+    """Chance that a clone is likely, when somebody asks."""
+    refuses_clone: float = 0.0
+    """Chance that it is refused then."""
     space_max: int | None = None
     """Bytes; a write past it fails with ENOSPC."""
 
@@ -66,6 +70,8 @@ class Call:
     ended_at: float = 0.0
     future: asyncio.Future[None] | None = None
     keep_space: bool = False
+    source: SimDevice | None = None
+    """Of a clone."""
 
     @property
     def end(self) -> int:

@@ -449,10 +449,13 @@ def draw(seed: int) -> Plan:
         for number in range(rng.choice((1, 1, 2)))
     )
     disks = tuple(replace(d, profile=replace(d.profile, hang={}, slow_chance=0.0)) for d in disks)
+    clones = plan._clones(random.Random(f"sharing {seed}"))
+    limits = {"CLONE_LENGTH_MIN": disks[0].unit} if clones["clones"] else {}
     sessions = []
     for number in range(4):
         kind = rng.choice(("calm", "failing temp"))
-        drawn = plan._session(random.Random(f"chain session {seed} {number}"), kind, number, disks)
+        dice = random.Random(f"chain session {seed} {number}")
+        drawn = plan._session(dice, kind, number, disks, clones)
         sessions.append(
             replace(
                 drawn,
@@ -461,7 +464,8 @@ def draw(seed: int) -> Plan:
                 on_cbw_error=rng.choice(("break-snapshot", "break-snapshot", "break-guest-write")),
             )
         )
-    return Plan(seed, "chains", rng.choice((0.0, 0.5, 1.0)), disks, tuple(sessions), {}, 0.1, 30)
+    now_chance = rng.choice((0.0, 0.5, 1.0))
+    return Plan(seed, "chains", now_chance, disks, tuple(sessions), limits, 0.1, 30)
 
 
 def _killer(seed: int, life: int) -> Killer:

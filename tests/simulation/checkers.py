@@ -257,6 +257,7 @@ class Checkers:
             verdict = f"fails ({call.error})" if call.fails else "ends"
             self.world.log(f"    {device.name}: {call} {verdict}")
         if not call.fails:
+            self.met["clones"] += call.kind == "clone"
             return
         self.met[f"{'temp' if device.is_temp else 'active'} {call.kind} failures"] += 1
         request = call.request

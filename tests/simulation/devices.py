@@ -21,6 +21,9 @@ from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO, Buffer, Data, Ext
 from .calls import CHANGES, REQUEST, Call, Profile, Watcher
 from .loop import VirtualLoop
 
+WRITES = {"write": "write", "clone": "write"}
+"""Kinds of calls that fail, hang and fill a device as a write does."""
+
 
 class SimDevice:
     """A block device made of a bytearray, a seed and bad luck."""
@@ -88,6 +91,20 @@ class SimDevice:
     async def pwrite(self, offset: int, data: Data) -> None:
         await self._later(self._call("write", offset, len(data), data))
 
+    def clones(self, source: SimDevice, offset: int, length: int) -> bool:
+        return self.profile.clones > 0 and self._rng.random() < self.profile.clones
+
+    async def clone(self, source: SimDevice, offset: int, length: int) -> bool:
+        if (offset | length) % self.hole_size or offset + length > source.size:
+            self._watcher.violation(f"X: clone {offset}+{length} is not of whole blocks")
+        if self._refuses_clone():
+            await self._later(self._call("refused clone", offset, length, None))
+            return False
+        call = self._call("clone", offset, length, None)
+        call.source = source
+        await self._later(call)
+        return True
+
     async def zero(
         self, offset: int, length: int, *, may_trim: bool = True, fast: bool = False
     ) -> None:
@@ -140,6 +157,9 @@ class SimDevice:
         alive = self._wakes_at() <= self._loop.time()
         return chance > 0 and alive and self._rng.random() < chance
 
+    def _refuses_clone(self) -> bool:
+        return self._rng.random() < self.profile.refuses_clone
+
     def _wakes_at(self) -> float:
         now = self._loop.time()
         profile = self.profile
@@ -156,9 +176,9 @@ class SimDevice:
         rng = self._rng
         if kind == "read":
             call.data = bytearray(length)
-        if rng.random() < self.profile.fail.get(kind, 0.0):
+        if rng.random() < self.profile.fail.get(WRITES.get(kind, kind), 0.0):
             call.fails, call.error = True, errno.EIO
-        if kind == "write" and self._has_no_space_for(offset, length):
+        if kind in WRITES and self._has_no_space_for(offset, length):
             call.fails, call.error = True, errno.ENOSPC
         self.calls.append(call)
         self._watcher.call_began(self, call)
@@ -185,7 +205,7 @@ class SimDevice:
         rng = self._rng
         call.future = self._loop.create_future()
         call.cuts = [call.end, *self._random_cuts(call)]
-        if rng.random() < self.profile.hang.get(call.kind, 0.0):
+        if rng.random() < self.profile.hang.get(WRITES.get(call.kind, call.kind), 0.0):
             call.hangs_at = rng.randrange(len(call.cuts) + 1)
         self._wait(call, len(call.cuts))
         await call.future
@@ -283,10 +303,15 @@ class SimDevice:
             start = offset - call.offset
             content[offset:end] = call.data[start : start + length]
             self._take_space(offset, end)
+        elif kind == "clone":
+            # Extent by extent, each as it is at that moment.
+            assert call.source is not None, "a clone has a source"
+            content[offset:end] = call.source.content[offset:end]
+            self._take_space(offset, end)
         elif kind == "extents":
             if end == call.end:
                 call.data = self._extents(call.offset, call.length)
-        elif kind != "flush":
+        elif kind not in ("flush", "refused clone"):
             content[offset:end] = bytes(length)
             if call.keep_space:
                 self._take_space(offset, end)
@@ -319,7 +344,7 @@ class SimDevice:
         while offset < call.end:
             length = min(call.end - offset, max(1, rng.choice((self.hole_size, 512, call.length))))
             luck = rng.random()
-            if luck < 0.6 and call.kind == "write":
+            if luck < 0.6 and call.kind in WRITES:
                 self.content[offset : offset + length] = rng.randbytes(length)
                 self._take_space(offset, offset + length)
                 self._watcher.call_landed(self, call, offset, length)

@@ -13,6 +13,7 @@ LIMITS = {
     "COPY_LENGTH_MAX": "block_copy",
     "COPIES_MAX": "block_copy",
     "HOLE_LENGTH_MIN": "copy_reads",
+    "CLONE_LENGTH_MIN": "copy_reads",
     "READ_NOW_LENGTH_MAX": "snapshot_access",
     "RANGES_MAX": "parts",
     "WRITE_NOW_LENGTH_MAX": "disk",

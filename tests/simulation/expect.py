@@ -9,6 +9,7 @@ PER_SEED = {
     "copies cancelled in flight": 1.8,
     "copies cancelled in part": 0.3,
     "copies failed": 0.7,
+    "clones": 0.4,
     "guest writes": 20.0,
     "guest writes released by a TRIM": 4.0,
     "guest writes failed for a session's sake": 0.7,

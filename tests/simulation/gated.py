@@ -61,7 +61,7 @@ class GatedCall:
 
 
 class GatedDevice:
-    """A memory device with gates by kind of call: read, write, zero, trim, flush, extents."""
+    """A memory device with gates: read, write, zero, trim, clone, flush, extents."""
 
     def __init__(
         self, name: str, size: int, content: bytes = b"", *, hole_size: int = 4096
@@ -80,6 +80,11 @@ class GatedDevice:
         self.log: list[str] = []
         """Every call that began, as ``kind offset+length``."""
         self.closed = False
+        self.may_clone = False
+        """What ``clones`` answers;"""
+        self.refuses_clone = False
+        """and whether a clone is refused all the same."""
+        self._sources: dict[int, GatedDevice] = {}
         self._gates: dict[str, Callable[[int, int], bool]] = {}
         self._arrivals: list[asyncio.Future[None]] = []
         self._close_waiters: list[asyncio.Future[None]] = []
@@ -144,6 +149,18 @@ class GatedDevice:
 
     async def pwrite(self, offset: int, data: Data) -> None:
         await self._call("write", offset, len(data), data)
+
+    def clones(self, source: GatedDevice, offset: int, length: int) -> bool:
+        return self.may_clone
+
+    async def clone(self, source: GatedDevice, offset: int, length: int) -> bool:
+        if self.refuses_clone:
+            self.may_clone = False
+            return False
+        assert (offset | length) % self.hole_size == 0, f"clone {offset}+{length}: not whole blocks"
+        self._sources[offset] = source
+        await self._call("clone", offset, length)
+        return True
 
     async def zero(
         self, offset: int, length: int, *, may_trim: bool = True, fast: bool = False
@@ -210,6 +227,9 @@ class GatedDevice:
             call.answer = self._extents(offset, length)
         elif call.kind == "write":
             self._store(offset, bytes([GARBAGE]) * length if error else bytes(data))
+        elif call.kind == "clone":
+            cloned = bytes(self._sources.pop(offset).content[offset : offset + length])
+            self._store(offset, bytes([GARBAGE]) * length if error else cloned)
         elif call.kind == "zero" and error:
             self._store(offset, bytes([GARBAGE]) * length)
         elif call.kind in ("zero", "trim") and not error:

@@ -18,7 +18,7 @@ from typing import Any
 from bitarray import bitarray
 
 from .calls import CHANGES
-from .devices import SimDevice
+from .devices import WRITES, SimDevice
 from .engine import Engine
 
 
@@ -141,8 +141,11 @@ def left_by(device: SimDevice, rng: random.Random) -> Image:
         offset, end = call.offset + call.landed, rng.choice(ends)
         if end <= offset:
             continue
-        if call.kind == "write":
-            content[offset:end] = call.data[offset - call.offset : end - call.offset]
+        if call.kind in WRITES:
+            if call.source is not None:
+                content[offset:end] = call.source.content[offset:end]
+            else:
+                content[offset:end] = call.data[offset - call.offset : end - call.offset]
             for block in range(offset // size, -(-end // size)):
                 space[block] = 1
         else:

@@ -93,17 +93,26 @@ def draw(seed: int) -> Plan:
         _disk(random.Random(f"disk {seed} {number}"), kind, number, disk_count)
         for number in range(disk_count)
     )
+    clones = _clones(random.Random(f"sharing {seed}"))
     session_count = rng.randrange(2, 5)
     if kind == "crowd":
         session_count = rng.randrange(4, 7)
     if kind == "long":
         session_count = rng.randrange(1, 3)
     sessions = tuple(
-        _session(random.Random(f"session {seed} {number}"), kind, number, disks)
+        _session(random.Random(f"session {seed} {number}"), kind, number, disks, clones)
         for number in range(session_count)
     )
     limits = _limits(rng, disks[0].unit) if rng.random() < 0.5 else {}
+    if clones["clones"]:
+        limits["CLONE_LENGTH_MIN"] = disks[0].unit * random.Random(f"long {seed}").choice((1, 2))
     return Plan(seed, kind, now_chance, disks, sessions, limits, reacts, reactions_max=100)
+
+
+def _clones(rng: random.Random) -> dict[str, float]:
+    """Of the temp images: how often they clone (in some seeds), and how often not after all."""
+    chance = rng.choice((0.0, 0.5, 1.0))
+    return {"clones": chance, "refuses_clone": rng.choice((0.0, 0.1, 0.5))}
 
 
 def _limits(rng: random.Random, unit: int) -> dict[str, int]:
@@ -179,7 +188,11 @@ def _profile(rng: random.Random) -> Profile:
 
 
 def _session(
-    rng: random.Random, kind: str, number: int, disks: tuple[DiskPlan, ...]
+    rng: random.Random,
+    kind: str,
+    number: int,
+    disks: tuple[DiskPlan, ...],
+    clones: dict[str, float],
 ) -> SessionPlan:
     chosen = tuple(sorted(rng.sample(range(len(disks)), rng.randrange(1, len(disks) + 1))))
     unit = max(disks[index].unit for index in chosen)
@@ -224,7 +237,7 @@ def _session(
         cbw_timeout_s=timeout_s,
         temp_limit_clusters=limit,
         cluster_size=unit,
-        temp_profile=profile,
+        temp_profile=replace(profile, **clones),
         make_temp_fails=rng.random() < 0.04,
         deadline_s=rng.choice((5.0, 5.0, slowest)),
         pulls=rng.choice((0, 0, 1, 2)) if kind == "failing temp" else rng.choice((0, 1, 1, 2)),

@@ -139,17 +139,20 @@ COPYING = (
     _bug(
         "a copy's failure on released clusters fails the guest",
         "block_copy",
-        ("                if access.find(1, first, stop) >= 0:\n", "                if True:\n"),
+        (
+            "            if state.access.bits.find(1, first, end) >= 0:\n                raise",
+            "            if True:\n                raise",
+        ),
     ),
     _bug(
         "a copy writes clusters that lost access meanwhile",
         "block_copy",
         (
-            "            stop = access.find(0, first, copy.end)\n"
+            "            stop = access.find(0, first, end)\n"
             "            if stop < 0:\n"
-            "                stop = copy.end\n"
+            "                stop = end\n"
             "            only_zeroes =",
-            "            stop = copy.end\n            only_zeroes =",
+            "            stop = end\n            only_zeroes =",
         ),
     ),
     _bug(
@@ -158,6 +161,58 @@ COPYING = (
         (
             "return all(flags & EXTENT_ZERO for _, flags in extents)",
             "return bool(extents[0][1] & EXTENT_ZERO)",
+        ),
+    ),
+    _bug(
+        "a clone shares clusters that lost access meanwhile",
+        "block_copy",
+        (
+            "            stop = access.find(0, first, end)\n"
+            "            if stop < 0:\n"
+            "                stop = end\n"
+            "            state.charge(first, stop)",
+            "            stop = end\n            state.charge(first, stop)",
+        ),
+    ),
+    _bug(
+        "a clone is charged once it is made",
+        "block_copy",
+        (
+            "            state.charge(first, stop)\n            clone =",
+            "            clone =",
+        ),
+        (
+            "            state.stats.cloned_bytes +=",
+            "            state.charge(first, stop)\n            state.stats.cloned_bytes +=",
+        ),
+    ),
+    _bug(
+        "a clone that was refused counts as made",
+        "block_copy",
+        ("return await call is not False", "return await call in (None, True, False)"),
+    ),
+    _bug(
+        "TRIM does not wait for a clone in flight",
+        "block_copy",
+        (
+            "            if not await self._temp_write(first, stop, clone):\n",
+            "            if not await clone:\n",
+        ),
+    ),
+    _bug(
+        "the disk's last, partial cluster is cloned",
+        "copy_reads",
+        (
+            "whole = min(end, self._state.size >> self._state.shift)",
+            "whole = min(end, -(-self._state.size >> self._state.shift))",
+        ),
+    ),
+    _bug(
+        "what is data in part only is a hole to a clone",
+        "copy_reads",
+        (
+            "data[start >> shift : -(-end >> shift)] = 1",
+            "data[-(-start >> shift) : max(end >> shift, -(-start >> shift))] = 1",
         ),
     ),
     _bug(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from . import requests
-from .calls import Call
+from .calls import CHANGES, Call
 from .devices import SimDevice
 from .history import GuestWrite
 
@@ -101,9 +101,10 @@ def _target(
     watch = getattr(call.request, "watch", None)
     if watch is None:
         watch = world.rng.choice(live)
-        if call.kind == "read" and not isinstance(call.request, GuestWrite):
+        is_copy = call.kind not in CHANGES and isinstance(call.request, GuestWrite)
+        if call.kind == "read" and not is_copy:
             return None
-        return disk, watch, TO_COPY_READ if call.kind == "read" else TO_GUEST_CHANGE
+        return disk, watch, TO_COPY_READ if is_copy else TO_GUEST_CHANGE
     return disk, watch, TO_STATUS if call.kind == "extents" else TO_FROZEN_READ
 
 

@@ -1,0 +1,57 @@
+"""File systems of their own for tests, on loop devices; and where the blocks of a file are."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.storage.kinds import HAS_LOOP_DEVICES, loop_device
+
+SIZE = 512 << 20
+"""Bytes: mkfs.xfs makes none that is much smaller."""
+
+CAN_MOUNT = HAS_LOOP_DEVICES
+"""As with block devices: root where there are loop devices, and always where root runs CI."""
+
+FORMATS = {
+    "xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"],
+    "xfs without reflink": ["mkfs.xfs", "-q", "-m", "reflink=0"],
+    "btrfs": ["mkfs.btrfs", "-q"],
+    "ext4": ["mkfs.ext4", "-q"],
+}
+_PATH = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
+
+
+def _run(*command: str | Path) -> str:
+    environment = {**os.environ, "PATH": _PATH}
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment
+    ).stdout
+
+
+@contextmanager
+def mounted(kind: str, directory: Path, name: str = "mounted") -> Iterator[Path]:
+    """A new, empty file system, mounted at a folder."""
+    image, folder = directory / f"{name}.img", directory / name
+    with image.open("wb") as file:
+        file.truncate(SIZE)
+    folder.mkdir()
+    with loop_device(image) as device:
+        _run(*FORMATS[kind], device)
+        _run("mount", device, folder)
+        try:
+            yield folder
+        finally:
+            _run("umount", folder)
+
+
+def blocks(path: Path | str) -> dict[int, int]:
+    """The place on the device of each block of a file that has one, both counted in blocks."""
+    found: dict[int, int] = {}
+    for line in _run("filefrag", "-e", "-s", path).splitlines():
+        cells = line.replace("..", ":").split(":")
+        if len(cells) >= 6 and cells[0].strip().isdigit():
+            first, last, place = (int(cell) for cell in cells[1:4])
+            found.update((first + index, place + index) for index in range(last - first + 1))
+    return found
