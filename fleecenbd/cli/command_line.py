@@ -115,9 +115,9 @@ def _serve(
         typer.Argument(
             metavar="DISK",
             show_default=False,
-            help="[NAME=]IMAGE: a raw file, a block device, qcow2:PATH or an NBD URI; NAME, the export's name, is the "
-            "file's name up to its last dot by default. A file that is a container inside "
-            "(qcow2, VMDK, VDI, LUKS) is refused unless it is written raw:PATH.",
+            help="[NAME=]IMAGE: a raw file, a block device, qcow2:PATH or an NBD URI; NAME, the "
+            "export's name, is the file's name up to its last dot by default. A file that is a "
+            "container inside (qcow2, VMDK, VDI, LUKS) is refused unless it is written raw:PATH.",
         ),
     ],
     unix: Annotated[

@@ -129,8 +129,11 @@ def test_one_image_under_two_names_is_wrong_usage(fails: Fails, image: Path) -> 
     ("disks", "words"),
     [
         (("x/vm.raw", "y/vm.raw"), ("two disks are called vm", "x/vm.raw", "y/vm.raw")),
-        (("qcow2:vm.qcow2",), ("qcow2:vm.qcow2", "yet")),
-        (("nbd://host/vm",), ("nbd://host/vm", "yet")),
+        (("nbd://host",), ("nbd://host", "write NAME=nbd://host")),
+        (
+            ("a=nbd://host/vm", "b=nbd://host/vm"),
+            ("a and b are the same image, nbd://host/vm",),
+        ),
         (("my disk.raw",), ("my disk", "write NAME=my disk.raw")),
     ],
 )

@@ -96,29 +96,6 @@ def test_a_given_name_that_is_none_is_refused(text: str) -> None:
         parse_disk(text)
 
 
-@pytest.mark.parametrize("text", ["qcow2:vm.qcow2", "vda=qcow2:vm.qcow2"])
-def test_qcow2_is_for_later(text: str) -> None:
-    with pytest.raises(UsageError, match="yet") as caught:
-        parse_disk(text)
-    assert text in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "nbd://host/vm",
-        "vda=nbd://host/vm",
-        "nbds://host/vm",
-        "nbd+unix:///vm?socket=/run/f.sock",
-        "vda=nbds+unix:///vm?socket=/run/f.sock",
-    ],
-)
-def test_other_nbd_servers_are_for_later(text: str) -> None:
-    with pytest.raises(UsageError, match="yet") as caught:
-        parse_disk(text)
-    assert text in str(caught.value)
-
-
 def test_several_disks_keep_their_order() -> None:
     disks = parse_disks(["vdb=b", "vda=a"])
     assert [disk.name for disk in disks] == ["vdb", "vda"]

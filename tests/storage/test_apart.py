@@ -23,9 +23,9 @@ class Calls:
         self.apart = Apart(CLUSTER)
         self.in_flight: dict[str, asyncio.Event] = {}
 
-    def begin(self, name: str, offset: int, length: int, *, is_zero: bool) -> asyncio.Task[None]:
+    def begin(self, name: str, offset: int, length: int, *, is_alone: bool) -> asyncio.Task[None]:
         async def call() -> None:
-            async with self.apart.request(offset, length, is_alone=is_zero):
+            async with self.apart.request(offset, length, is_alone=is_alone):
                 self.in_flight[name] = asyncio.Event()
                 try:
                     await self.in_flight[name].wait()
