@@ -149,7 +149,9 @@ class Jobs:
     def _check_target(self, ask: JobAsk) -> None:
         """What can be told without touching it; the rest is the child's to look at."""
         for disk in self._server.disks.values():
-            own = {os.path.abspath(disk.device.name), *self._places.uris(disk.name)}
+            image = disk.device.name
+            path = os.path.abspath(image.removeprefix("qcow2:"))
+            own = {image, path, *self._places.uris(disk.name)}
             if ask.place in own:
                 raise OSError(
                     errno.EINVAL,

@@ -151,11 +151,12 @@ class QemuChild:
                 errno.ETIMEDOUT, f"{PROGRAM} has not ended within {END_TIMEOUT_S:g} s", self.name
             ) from None
         finally:
+            said = self.said()
             with suppress(Exception):
                 await self._qmp.disconnect()
             self._close()
         if self._process.returncode != 0:
-            raise OSError(errno.EIO, f"{PROGRAM} ended badly: {self.said()}", self.name)
+            raise OSError(errno.EIO, f"{PROGRAM} ended badly: {said}", self.name)
 
     def _close(self) -> None:
         self.forget_folder()

@@ -35,6 +35,8 @@ ALLOCATION = "base:allocation"
 CLUSTER_MAX = 2 << 20
 """Bytes: the largest cluster of a qcow2 image; an NBD server does not tell what its image has."""
 CONNECTIONS_MAX = 4
+CLOSE_S = 10.0
+"""Seconds that calls in flight have to end at the end: their server may have gone."""
 TOLD_AT_ONCE = 5
 """Attempts to connect again that are logged one by one; then every TOLD_EVERY-th is."""
 TOLD_EVERY = 10
@@ -69,8 +71,12 @@ class RemoteDevice:
         self._apart = Apart(max(cluster, client.facts.block_size_min))
         self._calls: set[asyncio.Task[Any]] = set()
         self._is_closed = False
-        self._is_dirty = False
-        """Something was changed since the last flush began."""
+        self._changes = 0
+        """Begun and ended, counted: what a flush covers has ended before it begins."""
+        self._durable = 0
+        """What the count was when the last flush that went well began."""
+        self._generation = client.generation
+        """Connections that had been lost then."""
         self._closing: asyncio.Task[None] | None = None
 
     # -- now: nothing is ----------------------------------------------------------------------
@@ -91,7 +97,7 @@ class RemoteDevice:
 
     def flush_now(self) -> bool:
         """Whether nothing was changed since the last flush."""
-        return not self._is_dirty and not self._is_closed
+        return self._durable == self._changes and not self._is_closed
 
     # -- later --------------------------------------------------------------------------------
 
@@ -154,19 +160,16 @@ class RemoteDevice:
         """FLUSH."""
         if self.read_only:
             return
-        self._is_dirty = False
-        generation = self._client.generation
-        try:
-            await self._run(self._client.flush())
-        except BaseException:
-            self._is_dirty = True
-            raise
-        if generation != self._client.generation:
+        changes = self._changes
+        await self._run(self._client.flush())
+        if changes > self._durable and self._client.generation != self._generation:
             logger.warning(
-                "%s: its connection was lost while it was flushed: if its server lost more than "
+                "%s: a connection was lost since it was flushed last: if its server lost more than "
                 "that, what was written before is gone",
                 self.name,
             )
+        self._durable = max(self._durable, changes)
+        self._generation = self._client.generation
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """BLOCK_STATUS of base:allocation; all data where the server has none."""
@@ -182,11 +185,17 @@ class RemoteDevice:
         if self.read_only:
             call.close()
             raise read_only_error(self.name)
-        self._is_dirty = True
+        if self._is_closed:
+            call.close()
+            raise closed_error(self.name)
+        self._changes += 1
+        await self._run(self._counted(call))
+
+    async def _counted(self, call: Coroutine[Any, Any, None]) -> None:
         try:
-            await self._run(call)
+            await call
         finally:
-            self._is_dirty = True  # a flush may have begun meanwhile
+            self._changes += 1  # a flush may have begun meanwhile
 
     async def _run(self, call: Coroutine[Any, Any, Result]) -> Result:
         """The call, which goes on if it is cancelled here."""
@@ -219,7 +228,7 @@ class RemoteDevice:
 
     async def _hang_up(self) -> None:
         if self._calls and self._client.is_connected:
-            await asyncio.wait(self._calls)
+            await asyncio.wait(self._calls, timeout=CLOSE_S)
         self._client.close()
         await self._client.wait_closed()
 

@@ -173,6 +173,7 @@ def test_a_child_that_dies_fails_its_disk_and_no_other(tmp_path: Path) -> None:
         assert "qcow2:" in session["reason"]
         server.status = 1  # it could not be synced
     assert "qemu-storage-daemon has ended" in server.messages()
+    assert "qemu-storage-daemon ended badly: status -9" in server.messages()
     run("qemu-img", "check", "-q", path)
 
 
