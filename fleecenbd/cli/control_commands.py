@@ -49,7 +49,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer,
 SessionName = Annotated[str, typer.Argument(metavar="SESSION", show_default=False)]
 DiskName = Annotated[str, typer.Argument(metavar="DISK", show_default=False)]
 
-session_app = typer.Typer(help="Begin, look at and finish sessions while guests run.")
+session_app = typer.Typer(help="Begin, look at, change and finish sessions while guests run.")
 disk_app = typer.Typer(help="Disks of a running server.")
 
 
@@ -209,6 +209,29 @@ def show(name: SessionName, control: Control = None, as_json: AsJson = False) ->
     from fleecenbd.cli import tables
 
     tables.show(*tables.session_details(answer))
+
+
+@session_app.command("set", cls=StrictCommand)
+def set_session(
+    name: SessionName,
+    temp_limit: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE|none",
+            show_default=False,
+            help="Most that one disk's temp image may hold from now on. Below what it holds, "
+            "nothing is lost, and nothing is added.",
+        ),
+    ],
+    control: Control = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change a session that goes on: more room before its temp images are full."""
+    values.check_name(name, "a session")
+    limit = None if temp_limit == "none" else values.parse_size(temp_limit, "--temp-limit")
+    answer = call(control, "PATCH", "sessions", name, body={"temp_limit": limit})
+    if as_json:
+        _print_json(answer)
 
 
 @session_app.command("finish", cls=StrictCommand)

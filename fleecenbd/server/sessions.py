@@ -221,6 +221,33 @@ class Sessions:
                 export.tell_use(used)
             self._watch_use(session, known, ask.idle_ttl_s)
 
+    async def set_temp_limit(self, name: str, limit: int | None) -> SessionView:
+        """Another limit for each temp image of a session, from this step on; None: no limit.
+
+        What is above a lower one stays, and nothing is added. Raises OSError: ENOENT, EINVAL for
+        less than a cluster, ESHUTDOWN, and what writing it down failed with (it holds all the same,
+        until the server ends).
+        """
+        session = self._server.session(name)
+        if self._server.stopping:
+            raise OSError(errno.ESHUTDOWN, f"session {name} is not changed: the server is stopping")
+        least = max(fleece.cluster_size for fleece in session.fleeces)
+        if limit is not None and limit < least:
+            raise OSError(
+                errno.EINVAL,
+                f"a temp limit of {limit} bytes is less than one cluster of {least} bytes, so that "
+                "nothing could be kept; set it higher",
+            )
+        session.options = replace(session.options, temp_limit=limit)
+        for fleece in session.fleeces:
+            fleece.state.temp_limit = limit
+        logger.info(
+            "session %s: its temp limit is %s now", name, "none" if limit is None else limit
+        )
+        if self._server.store is not None:
+            await self._server.store.commit()
+        return self.view(session)
+
     # -- end -------------------------------------------------------------------------------
 
     def finish(self, name: str, *, failed: bool = False) -> SessionView:

@@ -98,6 +98,44 @@ def test_a_session_is_no_success_while_it_is_read(server: Serving, out: Out, fai
     assert "--force is for a success" in told
 
 
+def test_the_limit_of_a_live_session_is_changed(server: Serving, out: Out, fails: Fails) -> None:
+    begin = ("session", "begin", "s", "--disk", "vda", "--temp-limit", "8k")
+    with connected(server.uri("vda")) as guest:
+        for offset in (0, 65536):
+            guest.pwrite(b"1" * 8192, offset)
+        out(*begin, "--on-cbw-error", "break-guest-write", warns=True)
+        guest.pwrite(b"2" * 8192, 0)
+        with pytest.raises(nbd.Error, match="Input/output error"):
+            guest.pwrite(b"2" * 8192, 65536)
+        assert out("session", "set", "s", "--temp-limit", "1M") == ""
+        guest.pwrite(b"2" * 8192, 65536)
+        shown = json.loads(out("session", "set", "s", "--temp-limit", "none", "--json"))
+        assert shown["temp_limit"] is None
+        assert shown["disks"][0]["temp"] == {"now": 16384, "peak": 16384, "limit": None}
+        shown = json.loads(out("session", "set", "s", "--temp-limit", "4k", "--json"))
+        assert shown["disks"][0]["temp"]["limit"] == 4096
+        assert "less than one cluster of 4096" in fails("session", "set", "s", "--temp-limit", "1k")
+        assert "is no size" in fails("session", "set", "s", "--temp-limit", "much", status=2)
+        with connected(server.uri("vda@s")) as backup:
+            for offset in (0, 65536):
+                assert bytes(backup.pread(8192, offset)) == b"1" * 8192, "nothing is lost"
+    out("session", "finish", "s")
+    assert "there is no session" in fails("session", "set", "nosuch", "--temp-limit", "1M")
+
+
+def test_a_limit_that_was_changed_lasts(tmp_path: Path, out: Out) -> None:
+    image = tmp_path / "l.raw"
+    image.write_bytes(bytes(1 << 20))
+    for change in (True, False):
+        with serving(tmp_path, image) as server:
+            control = ("--control", f"{server.unix}.control")
+            if change:
+                out("session", "begin", "l", "--temp-limit", "8k", *control, warns=True)
+                out("session", "set", "l", "--temp-limit", "64k", *control)
+            shown = json.loads(out("session", "show", "l", "--json", *control))
+            assert (shown["temp_limit"], shown["disks"][0]["temp"]["limit"]) == (65536, 65536)
+
+
 def test_begin_takes_each_disk_that_is_named(server: Serving, out: Out) -> None:
     printed = out("session", "begin", "two", "--disk", "vda", "--disk", "vdb", warns=True)
     assert printed.splitlines() == [server.uri("vda@two"), server.uri("vdb@two")]

@@ -277,9 +277,9 @@ async def test_what_is_not_there_is_named() -> None:
             404,
             "there is no call GET /v1/nothing; docs/control.md lists all",
         )
-        assert await control.refused("PATCH", "sessions/n") == (
+        assert await control.refused("POST", "sessions/n") == (
             405,
-            "there is no call PATCH /v1/sessions/n; there is: DELETE, GET, PUT",
+            "there is no call POST /v1/sessions/n; there is: DELETE, GET, PATCH, PUT",
         )
 
 

@@ -111,7 +111,8 @@ class _Handlers:
         self._openapi = msgspec.json.encode(document())
 
     def routes(self) -> list[web.RouteDef]:
-        get, put, post, delete = web.get, web.put, web.post, web.delete
+        get, put, post, patch = web.get, web.put, web.post, web.patch
+        delete = web.delete
         return [
             get("/v1/status", self.status, allow_head=False),
             get("/v1/disks", self.disks, allow_head=False),
@@ -127,6 +128,7 @@ class _Handlers:
             get("/v1/sessions", self.sessions, allow_head=False),
             get("/v1/sessions/{session}", self.session, allow_head=False),
             put("/v1/sessions/{session}", self.begin),
+            patch("/v1/sessions/{session}", self.set_session),
             delete("/v1/sessions/{session}", self.finish),
             get("/v1/events", self.events, allow_head=False),
             get("/v1/openapi.json", self.openapi, allow_head=False),
@@ -179,6 +181,10 @@ class _Handlers:
     async def begin(self, request: web.Request) -> web.Response:
         body = await _body(request)
         return _json(*await self._calls.begin(request.match_info["session"], body))
+
+    async def set_session(self, request: web.Request) -> web.Response:
+        body = await _body(request)
+        return _json(200, await self._calls.set_session(request.match_info["session"], body))
 
     async def finish(self, request: web.Request) -> web.Response:
         return _json(200, await self._calls.finish(request.match_info["session"], request.query))

@@ -187,6 +187,15 @@ class RateBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     rate: Annotated[Rate | None, Meta(description="bytes read per second; null: no limit")]
 
 
+class SetBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What is changed of a session that goes on."""
+
+    temp_limit: Annotated[
+        Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None,
+        Meta(description="bytes, for the temp image of each disk; null: no limit"),
+    ]
+
+
 class CancelBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """How a job is ended."""
 

@@ -24,6 +24,7 @@ from fleecenbd.server.control.bodies import (
     Disks,
     MergeBody,
     SessionList,
+    SetBody,
     Status,
 )
 from fleecenbd.server.control.errors import CallError, from_os_error
@@ -186,6 +187,15 @@ class Calls:
             raise from_os_error(error) from None
         await self.sessions.written()
         return view
+
+    async def set_session(self, name: str, body: bytes) -> SessionView:
+        """Change what can be changed while it lives. Answered once it is written down."""
+        check_name(name, "a session")
+        limit = decode(body, SetBody).temp_limit
+        try:
+            return await self.sessions.set_temp_limit(name, limit)
+        except OSError as error:
+            raise from_os_error(error) from error
 
     async def add_disk(self, name: str, body: bytes) -> DiskView:
         check_name(name, "a disk")

@@ -31,6 +31,7 @@ _TYPES: tuple[Any, ...] = (
     bodies.MergeBody,
     bodies.RateBody,
     bodies.CancelBody,
+    bodies.SetBody,
     bodies.SessionList,
     bodies.Status,
     BitmapView,
@@ -137,6 +138,14 @@ CALLS = (
         {201: "BeginAnswer", 200: "BeginAnswer"},
         (400, 404, 408, 409, 413, 422, 500, 503, 504, 507),
         body="BeginBody",
+    ),
+    _Call(
+        "patch",
+        "/v1/sessions/{session}",
+        "Change a session that goes on: the limit of its temp images",
+        {200: "SessionView"},
+        (400, 404, 408, 413, 422, 500, 503, 504, 507),
+        body="SetBody",
     ),
     _Call(
         "delete",
