@@ -85,7 +85,7 @@ def status_bytes(pid: int | str, field: str) -> int:
 @contextlib.contextmanager
 def fleecenbd(
     folder: Path,
-    *images: Path,
+    *images: Path | str,
     session: bool = True,
     tcp: bool = False,
     options: tuple[str, ...] = (),
