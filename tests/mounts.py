@@ -31,13 +31,15 @@ def _run(*command: str | Path) -> str:
 
 
 @contextmanager
-def mounted(kind: str, directory: Path, name: str = "mounted") -> Iterator[Path]:
-    """A new, empty file system, mounted at a folder."""
+def mounted(
+    kind: str, directory: Path, name: str = "mounted", *, sector_size: int = 512
+) -> Iterator[Path]:
+    """A new, empty file system, mounted at a folder; ``sector_size`` of the disk below."""
     image, folder = directory / f"{name}.img", directory / name
     with image.open("wb") as file:
         file.truncate(SIZE)
     folder.mkdir()
-    with loop_device(image) as device:
+    with loop_device(image, sector_size) as device:
         _run(*FORMATS[kind], device)
         _run("mount", device, folder)
         try:

@@ -37,3 +37,10 @@ def read_only_error(name: str) -> OSError:
 def slow_zero_error(name: str) -> OSError:
     """A fast zero that would not be faster than writing zeroes."""
     return OSError(errno.ENOTSUP, "zeroing would not be faster than writing zeroes", name)
+
+
+def no_direct_error(name: str) -> OSError:
+    """An image on a file system that has no way around the page cache."""
+    return OSError(
+        errno.ENOTSUP, "the file system takes no direct I/O (O_DIRECT), as tmpfs does not", name
+    )

@@ -32,15 +32,15 @@ The descriptor
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import resource
 from collections.abc import Awaitable, Callable
 from time import monotonic
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fleecenbd.storage import system_calls
+from fleecenbd.storage.buffers import uncleared_buffer
 from fleecenbd.storage.device import Buffer, Data, Extent, ReadIntoNow, ReadNow, WriteNow
 from fleecenbd.storage.errors import closed_error, named_error, read_only_error
 from fleecenbd.storage.filesystem import Medium, hole_size_of, medium_of
@@ -78,18 +78,14 @@ _RWF_NOWAIT = os.RWF_NOWAIT
 _getrusage = resource.getrusage
 _RUSAGE_THREAD = resource.RUSAGE_THREAD
 
-# bytearray(length) clears memory that the read then overwrites: a fifth of the time of a
-# 256 KiB read from the page cache. A buffer that was not filled whole is never handed out.
-_uncleared_buffer: Any = ctypes.pythonapi.PyByteArray_FromStringAndSize
-_uncleared_buffer.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t]
-_uncleared_buffer.restype = ctypes.py_object
-
-
 Result = TypeVar("Result")
 
 
 class FileDevice:
     """A raw image: a regular file or a block device."""
+
+    _open_flags = 0
+    """Of open(2), besides those that every image is opened with."""
 
     def __init__(
         self,
@@ -155,7 +151,7 @@ class FileDevice:
         (probe.py does). Raises OSError; EBUSY where the image is in use. Blocks.
         """
         name = os.fspath(path)
-        descriptor = open_image(name, read_only=read_only)
+        descriptor = open_image(name, read_only=read_only, flags=cls._open_flags)
         try:
             if lock is None:
                 lock = LockMode.SHARED if read_only else LockMode.EXCLUSIVE
@@ -171,7 +167,7 @@ class FileDevice:
         if length < _UNCLEARED_LENGTH_MIN:
             buffer = bytearray(length)
         elif length <= NOW_LENGTH_MAX:
-            buffer = _uncleared_buffer(None, length)
+            buffer = uncleared_buffer(None, length)
         else:
             return None
         try:
@@ -190,7 +186,7 @@ class FileDevice:
             if length < _UNCLEARED_LENGTH_MIN:
                 data: Buffer = _pread(self._descriptor, length, offset)
                 return data if len(data) == length else None
-            data = _uncleared_buffer(None, length)
+            data = uncleared_buffer(None, length)
             return data if _preadv(self._descriptor, (data,), offset) == length else None
         except OSError as error:
             raise named_error(error, self.name) from None

@@ -6,12 +6,23 @@ import errno
 import os
 import stat
 
+from fleecenbd.storage.errors import no_direct_error
 
-def open_image(name: str, *, read_only: bool) -> int:
-    """A descriptor of a regular file or block device. Raises OSError, EINVAL for others."""
+
+def open_image(name: str, *, read_only: bool, flags: int = 0) -> int:
+    """A descriptor of a regular file or block device. Raises OSError, EINVAL for others.
+
+    ``flags``: of open(2), besides. ENOTSUP where O_DIRECT is among them, and refused.
+    """
     # Opening a pipe or a tape would wait, so look first.
     _check_kind(os.stat(name).st_mode, name)
-    descriptor = _open_without_atime(name, os.O_RDONLY if read_only else os.O_RDWR)
+    flags |= os.O_RDONLY if read_only else os.O_RDWR
+    try:
+        descriptor = _open_without_atime(name, flags)
+    except OSError as error:
+        if error.errno == errno.EINVAL and flags & os.O_DIRECT:
+            raise no_direct_error(name) from None
+        raise
     try:
         _check_kind(os.fstat(descriptor).st_mode, name)
     except BaseException:

@@ -12,6 +12,7 @@ A mode that was refused once is not asked for again.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from fleecenbd.storage import system_calls
 from fleecenbd.storage.errors import slow_zero_error
@@ -32,11 +33,24 @@ _REFUSALS = frozenset({errno.ENOTSUP, errno.ENOSYS, errno.ENODEV})
 class Space:
     """The ranges of one open image. Its calls block: they are for a pool's threads."""
 
-    def __init__(self, descriptor: int, name: str) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        name: str,
+        *,
+        block_size: int = 1,
+        write_zeroes: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """``write_zeroes(offset, length)``: where another way is needed to write zeroes out.
+
+        ``block_size``: bytes, at least as many as a device's own; parts of a block are written.
+        """
         self._descriptor = descriptor
         self._name = name
-        self._block_size = system_calls.block_size(descriptor)
-        self._is_block_device = self._block_size > 1
+        own_block_size = system_calls.block_size(descriptor)
+        self._is_block_device = own_block_size > 1
+        self._block_size = max(own_block_size, block_size)
+        self._write_zeroes = write_zeroes or self._write_out
         # Threads add to it at any time; at worst a mode is tried, and refused, twice.
         self._refused: set[int] = set()
 
@@ -51,7 +65,7 @@ class Space:
         elif fast:
             raise slow_zero_error(self._name)
         else:
-            system_calls.write_zeroes(self._descriptor, offset, length, self._name)
+            self._write_zeroes(offset, length)
 
     def trim(self, offset: int, length: int) -> bool:
         """Free the range, which then reads as zeroes. False, and nothing done, if that can't be.
@@ -89,8 +103,11 @@ class Space:
         return (offset + mask) & ~mask, (offset + length) & ~mask
 
     def _write_edges(self, offset: int, length: int, start: int, end: int) -> None:
-        system_calls.write_zeroes(self._descriptor, offset, start - offset, self._name)
-        system_calls.write_zeroes(self._descriptor, end, offset + length - end, self._name)
+        self._write_zeroes(offset, start - offset)
+        self._write_zeroes(end, offset + length - end)
+
+    def _write_out(self, offset: int, length: int) -> None:
+        system_calls.write_zeroes(self._descriptor, offset, length, self._name)
 
     def _fallocate(self, mode: int, offset: int, length: int) -> bool:
         """True if done, False if the file system or the device does not know the mode."""

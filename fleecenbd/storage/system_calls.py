@@ -28,6 +28,11 @@ _FICLONERANGE = 0x4020940D
 # From asm-generic/unistd.h: the same number on every machine.
 _NR_CACHESTAT = 451
 
+# From linux/stat.h and linux/fcntl.h; offsets into struct statx.
+_AT_EMPTY_PATH = 0x1000
+_STATX_DIOALIGN = 0x2000
+_STATX_LENGTH, _STX_MASK, _STX_DIO_ALIGN = 256, 0, 0x98
+
 ZEROES_LENGTH = 1 << 20
 """Bytes per write where zeroes are written out."""
 _ZEROES = memoryview(bytes(ZEROES_LENGTH))
@@ -37,6 +42,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _fallocate.restype = ctypes.c_int
+_statx = getattr(_libc, "statx", None)  # glibc 2.28
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 
@@ -134,3 +140,20 @@ def block_size(descriptor: int) -> int:
         return 1
     (size,) = struct.unpack("i", fcntl.ioctl(descriptor, _BLKSSZGET, bytes(4)))
     return int(size)
+
+
+def direct_alignment(descriptor: int) -> int:
+    """Bytes, a power of two, that direct I/O is aligned to: offsets, lengths and addresses.
+
+    0: there is no direct I/O. As statx(2) tells it (STATX_DIOALIGN, Linux 6.1); where it does not,
+    a logical block of a block device, and 4096 for a file.
+    """
+    if _statx is not None:
+        told = ctypes.create_string_buffer(_STATX_LENGTH)
+        done = _statx(descriptor, b"", _AT_EMPTY_PATH, ctypes.c_uint(_STATX_DIOALIGN), told)
+        (mask,) = struct.unpack_from("I", told, _STX_MASK)
+        if done == 0 and mask & _STATX_DIOALIGN:
+            memory, offset = struct.unpack_from("II", told, _STX_DIO_ALIGN)
+            return max(memory, offset, block_size(descriptor)) if offset else 0
+    block = block_size(descriptor)
+    return block if block > 1 else 4096

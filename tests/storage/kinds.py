@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fleecenbd.storage.device import Device
+from fleecenbd.storage.direct import DirectDevice
 from fleecenbd.storage.file import FileDevice
 from fleecenbd.storage.filesystem import Medium
 from fleecenbd.storage.memory import MemoryDevice
@@ -68,6 +69,21 @@ def file_in_pool(directory: Path) -> Iterator[Open]:
 
 
 @contextmanager
+def direct(directory: Path) -> Iterator[Open]:
+    path = _image(directory)
+    yield lambda: DirectDevice.open(path)
+
+
+@contextmanager
+def direct_in_pages(directory: Path) -> Iterator[Open]:
+    """In blocks of 4096 bytes, of which the image holds no whole number."""
+    path = _image(directory)
+    yield lambda: DirectDevice(
+        os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC), str(path), alignment=4096
+    )
+
+
+@contextmanager
 def file_in_memory(directory: Path) -> Iterator[Open]:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as shm:
         path = _image(Path(shm))
@@ -85,11 +101,11 @@ def temp_in_memory(directory: Path) -> Iterator[Open]:
 
 
 @contextmanager
-def loop_device(path: Path) -> Iterator[str]:
-    """A block device over a file, by its path."""
-    device = subprocess.run(
-        ["/sbin/losetup", "--find", "--show", path], check=True, capture_output=True, text=True
-    ).stdout.strip()
+def loop_device(path: Path, sector_size: int = 512) -> Iterator[str]:
+    """A block device over a file, by its path. Of whole sectors: what is left of the file is not
+    there."""
+    command = ["/sbin/losetup", "--find", "--show", "--sector-size", str(sector_size), path]
+    device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     try:
         yield device
     finally:
@@ -100,6 +116,34 @@ def loop_device(path: Path) -> Iterator[str]:
 def block(directory: Path) -> Iterator[Open]:
     with loop_device(_image(directory)) as path:
         yield lambda: FileDevice.open(path)
+
+
+@contextmanager
+def direct_block(directory: Path) -> Iterator[Open]:
+    with loop_device(_image(directory)) as path:
+        yield lambda: DirectDevice.open(path)
+
+
+@contextmanager
+def large_sectors(directory: Path) -> Iterator[Open]:
+    with _in_large_sectors(directory) as path:
+        yield lambda: FileDevice(os.open(path, os.O_RDWR | os.O_CLOEXEC), path, size=SIZE)
+
+
+@contextmanager
+def direct_large_sectors(directory: Path) -> Iterator[Open]:
+    flags = os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC
+    with _in_large_sectors(directory) as path:
+        yield lambda: DirectDevice(os.open(path, flags), path, size=SIZE)
+
+
+@contextmanager
+def _in_large_sectors(directory: Path) -> Iterator[str]:
+    """A block device of 4096-byte sectors, a little longer than the suite's disk."""
+    path = _image(directory)
+    os.truncate(path, -(-SIZE // 4096) * 4096)
+    with loop_device(path, 4096) as device:
+        yield device
 
 
 @contextmanager
@@ -142,8 +186,9 @@ HAS_LOOP_DEVICES = os.geteuid() == 0 and (
 )
 
 KINDS = [
-    *(memory, memory_later, file, file_in_pool, file_in_memory, temp, temp_in_memory),
+    *(memory, memory_later, file, file_in_pool, file_in_memory, direct, direct_in_pages),
+    *(temp, temp_in_memory),
     *(remote, qcow2),
 ]
 if HAS_LOOP_DEVICES:
-    KINDS.append(block)
+    KINDS += [block, direct_block, large_sectors, direct_large_sectors]
