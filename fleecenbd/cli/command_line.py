@@ -30,6 +30,7 @@ from fleecenbd.cli.control_options import (
 from fleecenbd.cli.endpoints import DEFAULT_PORT
 from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.serve import serve
+from fleecenbd.cli.serve_options import DISKS, CacheMode, DefaultExport, Discard
 from fleecenbd.cli.usage import usage_text
 from fleecenbd.cli.words import ServeWords
 from fleecenbd.engine.session import SessionOptions
@@ -49,7 +50,6 @@ _USAGE_ERROR = cast(type[Exception], typer.BadParameter.__mro__[1])
 
 SOCKETS = "Where clients connect"
 SESSION = "A session from the start"
-DISKS = "Disks and exports"
 PROCESS = "The process"
 
 HELP = """
@@ -271,19 +271,9 @@ def _serve(
     end_sessions: EndSessions = False,
     trust_offline: TrustOffline = None,
     forget_missing: ForgetMissing = False,
-    default_export: Annotated[
-        str | None,
-        typer.Option(
-            "-e",
-            "--default-export",
-            metavar="NAME",
-            rich_help_panel=DISKS,
-            show_default=False,
-            help="The export that the empty name means. Default: it is refused; but with --single "
-            "or socket activation (libnbd's \\[ ]), over one disk and a session, it means the "
-            "fleecing export. Over several disks it is refused there, too, and the log says so.",
-        ),
-    ] = None,
+    default_export: DefaultExport = None,
+    cache: CacheMode = None,
+    discard: Discard = None,
     read_only: Annotated[
         bool,
         typer.Option("-r", "--read-only", rich_help_panel=DISKS, help="Nobody may write."),
@@ -369,6 +359,8 @@ def _serve(
             trust_offline=trust_offline,
             forget_missing=forget_missing,
             default_export=default_export,
+            cache=cache.value if cache is not None else None,
+            discard=tuple(discard or ()),
             read_only=read_only,
             shared=shared,
             force_share=force_share,

@@ -76,7 +76,7 @@ class ServerPlaces:
         disks = list(self._server.disks.values())
         try:
             served = [parse_disk(f"{disk.name}={disk.device.name}") for disk in disks]
-            spec = parse_disk(f"{name}={image}")
+            spec = self._options.disk_options.of(parse_disk(f"{name}={image}"))
             await self._pool.run(check_all_different, [*served, spec])
             if spec.kind == "raw":
                 disk = await self._pool.run(self._open, spec)

@@ -31,7 +31,8 @@ def open_disks(specs: Sequence[DiskSpec], *, read_only: bool, force_share: bool)
     try:
         for spec in specs:
             if spec.kind == "raw":
-                disks.append(Disk(spec.name, _open(spec, read_only, force_share)))
+                device = _open(spec, read_only, force_share)
+                disks.append(Disk(spec.name, device, discards=spec.discards))
     except BaseException:
         for disk in disks:
             disk.device.close()
@@ -54,7 +55,7 @@ async def open_other(spec: DiskSpec, *, read_only: bool) -> Disk:
             device = await open_qcow2(spec.absolute, name=spec.image, read_only=read_only)
     except OSError as error:
         raise CommandError(f"cannot open disk {spec.name}: {reason(error, spec.image)}") from error
-    return Disk(spec.name, device)
+    return Disk(spec.name, device, discards=spec.discards)
 
 
 def check_all_different(specs: Sequence[DiskSpec]) -> None:
@@ -86,7 +87,7 @@ def _same(one: DiskSpec, other: DiskSpec) -> UsageError:
 
 def _open(spec: DiskSpec, read_only: bool, force_share: bool) -> FileDevice:
     try:
-        device = FileDevice.open(
+        device = _kind_of(spec).open(
             spec.path, read_only=read_only, lock=LockMode.NONE if force_share else None
         )
     except OSError as error:
@@ -96,6 +97,8 @@ def _open(spec: DiskSpec, read_only: bool, force_share: bool) -> FileDevice:
             text += (
                 f" (run as somebody who may {may} it{'' if read_only else ', or try --read-only'})"
             )
+        if spec.direct and error.errno == errno.ENOTSUP:
+            text += "; serve it without --cache none, or from a disk"
         if error.errno == errno.ENOENT and os.path.exists(whole := f"{spec.name}={spec.path}"):
             text += f"; where the file {whole} is meant, write NAME={whole}"
         raise CommandError(f"cannot open disk {spec.name}: {text}") from error
@@ -111,6 +114,15 @@ def _open(spec: DiskSpec, read_only: bool, force_share: bool) -> FileDevice:
         device.close()
         raise
     return device
+
+
+def _kind_of(spec: DiskSpec) -> type[FileDevice]:
+    if not spec.direct:
+        return FileDevice
+    # Only here: a server that has no use for it starts without it.
+    from fleecenbd.storage.direct import DirectDevice
+
+    return DirectDevice
 
 
 def _refuse_container(spec: DiskSpec) -> None:

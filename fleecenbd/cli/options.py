@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fleecenbd.cli import values
+from fleecenbd.cli.disk_options import DiskOptions
 from fleecenbd.cli.endpoints import DEFAULT_PORT, PRIVATE, Addresses
 from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.places import default_socket
@@ -22,6 +23,7 @@ class ServeOptions:
     """All that the server needs to know. ``addresses`` None: --single, or socket activation."""
 
     disks: tuple[DiskSpec, ...]
+    """Each with what ``disk_options`` say of it."""
     addresses: Addresses | None
     state_directory: Path | None = None
     guests_directory: Path | None = None
@@ -45,6 +47,8 @@ class ServeOptions:
     metrics: tuple[str, int] | None = None
     hooks: Hooks = field(default_factory=Hooks)
     default_export: str | None = None
+    disk_options: DiskOptions = field(default_factory=DiskOptions)
+    """Also for disks that come later."""
     read_only: bool = False
     force_share: bool = False
     shared: int = 1

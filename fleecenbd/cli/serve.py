@@ -8,6 +8,7 @@ from pathlib import Path
 import uvloop
 
 from fleecenbd.cli import logs, values
+from fleecenbd.cli.disk_options import parse_disk_options
 from fleecenbd.cli.handed import Handed, starting_client, take_activated, take_standard_input
 from fleecenbd.cli.images import open_disks
 from fleecenbd.cli.options import (
@@ -103,10 +104,11 @@ def serve(words: ServeWords) -> int:
     own_client = words.single or starter is not None or words.run is not None
     lasts = not own_client
     disks = values.parse_disks(words.disk)
+    disk_options = parse_disk_options(words.cache, words.discard, disks)
     # A guest needs no state: where there is no place for it by default, nothing lasts.
     needs_state = words.begin is not None or words.state_dir is not None
     options = ServeOptions(
-        disks=disks,
+        disks=tuple(map(disk_options.of, disks)),
         addresses=addresses,
         state_directory=state_directory(words.state_dir) if needs_state else guests_directory(None),
         lasts=lasts,
@@ -131,6 +133,7 @@ def serve(words: ServeWords) -> int:
         ),
         hooks=choose_hooks(words.freeze_cmd, words.thaw_cmd, words.hook_timeout),
         default_export=words.default_export,
+        disk_options=disk_options,
         read_only=words.read_only,
         force_share=words.force_share,
         shared=values.parse_count(words.shared, "--shared"),

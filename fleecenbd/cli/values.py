@@ -38,6 +38,10 @@ class DiskSpec:
     path: str
     raw: bool = False
     kind: Literal["raw", "qcow2", "nbd"] = "raw"
+    direct: bool = False
+    """A raw image is opened with O_DIRECT."""
+    discards: bool = True
+    """What its guest discards is freed."""
 
     @property
     def absolute(self) -> str:

@@ -2,9 +2,9 @@
 
 typer reads every command line, explains it, and says what is wrong with it. It takes longer to
 import than a server to start. So a command line that is plainly right is read here: options whose
-words are whole, each once, in any order among the disks. All else, a typing error, help, an
-abbreviation, gives None, and is typer's (command_line.py). What is read here is read there to the
-same words.
+words are whole, each once but for lists, in any order among the disks. All else, a typing error,
+help, an abbreviation, gives None, and is typer's (command_line.py). What is read here is read
+there to the same words.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fleecenbd.cli.disk_options import CACHES
 from fleecenbd.cli.logs import LEVELS
 from fleecenbd.engine.state import BREAK_GUEST_WRITE, BREAK_SNAPSHOT
 
@@ -47,6 +48,8 @@ class ServeWords:
     trust_offline: str | None = None
     forget_missing: bool = False
     default_export: str | None = None
+    cache: str | None = None
+    discard: tuple[str, ...] = ()
     read_only: bool = False
     shared: str = "1"
     force_share: bool = False
@@ -56,7 +59,11 @@ class ServeWords:
     json_log: bool = False
 
 
-CHOICES = {"log_level": LEVELS, "on_cbw_error": (BREAK_SNAPSHOT, BREAK_GUEST_WRITE)}
+CHOICES = {
+    "cache": CACHES,
+    "log_level": LEVELS,
+    "on_cbw_error": (BREAK_SNAPSHOT, BREAK_GUEST_WRITE),
+}
 """Options of which only these words are right."""
 
 SHORT = {
@@ -77,6 +84,8 @@ OPTIONS = SHORT | {
 """Every way to write an option -> its name in ServeWords."""
 
 _FLAGS = {field.name for field in fields(ServeWords) if field.default is False}
+_LISTS = {field.name for field in fields(ServeWords) if field.default == ()}
+"""May be given more than once."""
 
 
 def plain_words(arguments: Sequence[str]) -> ServeWords | None:
@@ -90,7 +99,9 @@ def plain_words(arguments: Sequence[str]) -> ServeWords | None:
             continue
         option, equals, value = argument.partition("=")
         name = OPTIONS.get(option)
-        if name is None or name in given or (equals and option in SHORT):
+        if name is None or (equals and option in SHORT):
+            return None
+        if name in given and name not in _LISTS:
             return None
         if name in _FLAGS:
             if equals:
@@ -104,12 +115,14 @@ def plain_words(arguments: Sequence[str]) -> ServeWords | None:
             return None
         if value not in CHOICES.get(name, (value,)):
             return None
-        given[name] = value
+        given[name] = (*given.get(name, ()), value) if name in _LISTS else value
     if not disks or not all(map(_is_text, (*disks, *given.values()))):
         return None
     return ServeWords(disk=tuple(disks), **given)
 
 
-def _is_text(value: str | bool) -> bool:
+def _is_text(value: str | bool | tuple[str, ...]) -> bool:
     """Whether it is something, in letters: bytes that are none come as lone surrogates."""
+    if isinstance(value, tuple):
+        return all(map(_is_text, value))
     return value is True or (value != "" and not any("\ud800" <= x <= "\udfff" for x in str(value)))

@@ -40,8 +40,11 @@ TRIM_PART_MIN = 64 << 10
 class Disk:
     """A name, an active image, and the fleeces of the sessions that it is in."""
 
-    def __init__(self, name: str, device: Device) -> None:
+    def __init__(self, name: str, device: Device, *, discards: bool = True) -> None:
         self.name = name
+        self.discards = discards
+        """What a guest discards is freed; else its discards do nothing, and its zeroes hold their
+        space."""
         self.device = device
         self.size = device.size
         self.fleeces: list[Fleece] = []
@@ -124,7 +127,8 @@ class Disk:
             raise OSError(errno.ENOTSUP, f"{self.name}: old data must be copied first")
         await self._before_write(_pieces(offset, length))
         await self._active(
-            [(offset, length)], self.device.zero(offset, length, may_trim=may_trim, fast=fast)
+            [(offset, length)],
+            self.device.zero(offset, length, may_trim=may_trim and self.discards, fast=fast),
         )
 
     async def trim(self, offset: int, length: int) -> None:
@@ -132,8 +136,11 @@ class Disk:
 
         Worked in pieces, each with its own timer. A part that a session does not let go is left
         alone too: a request that fails for a session's sake must have changed no byte, and other
-        parts may have been discarded already.
+        parts may have been discarded already. Where discards are ignored all of it is left alone:
+        nothing changes, so that nothing is copied, waited for or recorded.
         """
+        if not self.discards:
+            return
         for piece in _pieces(offset, length):
             await asyncio.sleep(0)  # a piece in which nothing can go awaits nothing else
             for start, run in self._trimmable(*piece):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fleecenbd.cli import command_line
 from fleecenbd.cli.errors import UsageError
+from fleecenbd.cli.serve_options import Cache
 from fleecenbd.cli.words import CHOICES, OPTIONS, ServeWords, plain_words
 
 FLAGS = sorted(option for option, name in OPTIONS.items() if getattr(ServeWords, name) is False)
@@ -50,7 +51,8 @@ def test_every_option_of_the_help_is_known_by_all_its_names() -> None:
 def test_the_words_of_an_option_with_choices_are_typer_s() -> None:
     assert tuple(command_line.LogLevel) == CHOICES["log_level"]
     assert tuple(command_line.OnCbwError) == CHOICES["on_cbw_error"]
-    assert set(CHOICES) == {"log_level", "on_cbw_error"}
+    assert tuple(Cache) == CHOICES["cache"]
+    assert set(CHOICES) == {"cache", "log_level", "on_cbw_error"}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,7 @@ def test_the_words_of_an_option_with_choices_are_typer_s() -> None:
         "--begin=nightly vm.raw --run 'nbdcopy \"$uri\" backup.raw'",
         "-r -U - vm.raw --shared 0 --json-log --log-level debug",
         "vm.raw -s --begin n --on-cbw-error break-guest-write --cbw-timeout 0.5",
+        "vm.raw --cache none --discard ignore --discard vm=unmap --discard=x=y",
         "-e vda -P /run/f.pid -i ::1 -p 0 vda=a=b.raw --force-share --temp-limit=a=b",
     ],
 )
@@ -92,6 +95,10 @@ def test_a_plain_command_line_is_read_as_typer_reads_it(
         "vm.raw --unix a -U b",
         "vm.raw --uni a",
         "vm.raw --log-level loud",
+        "vm.raw --cache writethrough",
+        "vm.raw --cache none --cache none",
+        "vm.raw --discard ''",
+        "vm.raw --discard ignore --discard \udcff",
         "vm.raw --on-cbw-error=''",
         "-- vm.raw",
         "vm.raw -",

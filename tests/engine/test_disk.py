@@ -9,6 +9,7 @@ import pytest
 
 from fleecenbd.engine import disk as module
 from fleecenbd.engine.disk import TRIM_PART_MIN, WRITE_NOW_LENGTH_MAX, _pieces
+from fleecenbd.engine.recording import RecordingBitmap, Since
 from fleecenbd.engine.state import BREAK_GUEST_WRITE
 from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO
 from tests.simulation.gated import GatedDevice
@@ -144,6 +145,36 @@ def test_zeroes_reach_the_device_as_they_were_asked_for(options: dict[str, bool]
         assert device.log == ["zero 5+100"]
 
     run()
+
+
+def test_where_discards_are_ignored_zeroes_hold_their_space() -> None:
+    @simulated
+    async def run() -> None:
+        device = Remembering("vda", 4 * CLUSTER, b"x" * (4 * CLUSTER))
+        disk = module.Disk("vda", device, discards=False)
+        await disk.write_zeroes(0, CLUSTER)
+        assert device.told == (False, False)
+        assert disk.read_now(0, CLUSTER) == bytes(CLUSTER)
+
+    run()
+
+
+@simulated
+async def test_a_discard_that_is_ignored_touches_no_device_and_no_bit() -> None:
+    scene = Scene(4)
+    await scene.arm()
+    await scene.write(0, 4)  # so that nothing has to be copied first
+    bitmap = RecordingBitmap("b", scene.size, CLUSTER, since=Since("s", "an id", 0.0))
+    scene.disk.add_bitmap(bitmap)
+    scene.active.log.clear()
+    scene.disk.discards = False
+    await scene.disk.trim(0, scene.size)
+    assert scene.active.log == []
+    assert not bitmap.bitmap.bits.any()
+    scene.disk.discards = True
+    await scene.disk.trim(0, scene.size)
+    assert scene.active.log == [f"trim 0+{scene.size}"]
+    assert bitmap.bitmap.bits.all()
 
 
 @simulated
