@@ -1,5 +1,6 @@
 """File systems of their own for tests, on loop devices; and where the blocks of a file are."""
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -57,3 +58,28 @@ def blocks(path: Path | str) -> dict[int, int]:
             first, last, place = (int(cell) for cell in cells[1:4])
             found.update((first + index, place + index) for index in range(last - first + 1))
     return found
+
+
+@contextmanager
+def tmpfs(folder: Path, size: int) -> Iterator[Path]:
+    """A file system in memory, of so many bytes, mounted at a folder that is made."""
+    folder.mkdir()
+    _run("mount", "-t", "tmpfs", "-o", f"size={size}", "fleecenbd-test", folder)
+    try:
+        yield folder
+    finally:
+        _run("umount", folder)
+
+
+def fill(folder: Path) -> Path:
+    """A file that takes all space that is left; its path."""
+    path = folder / "filler"
+    piece = bytes(1 << 16)
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(piece)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+    return path

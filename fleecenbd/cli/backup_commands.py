@@ -31,6 +31,8 @@ from fleecenbd.cli.pull_commands import (
     progress_mode,
     speed_and_safety,
 )
+from fleecenbd.cli.temp_choice import temp_fields
+from fleecenbd.cli.temp_options import Temp, TempDir, TempOverwrite, TempPrealloc
 
 if TYPE_CHECKING:
     from fleecenbd.cli.backup_places import Places
@@ -207,6 +209,10 @@ def backup(
     cbw_timeout: CbwTimeout = None,
     temp_limit: TempLimit = None,
     cluster_size: ClusterSize = None,
+    temp: Temp = None,
+    temp_dir: TempDir = None,
+    temp_prealloc: TempPrealloc = False,
+    temp_overwrite: TempOverwrite = False,
     ttl: Ttl = None,
     idle_ttl: IdleTtl = None,
     freeze_cmd: FreezeCommand = None,
@@ -264,6 +270,7 @@ def backup(
             cbw_timeout=cbw_timeout,
             temp_limit=temp_limit,
             cluster_size=cluster_size,
+            temp=temp_fields(temp, temp_dir, preallocated=temp_prealloc, overwrite=temp_overwrite),
             ttl=ttl,
             idle_ttl=idle_ttl,
             freeze_cmd=freeze_cmd,

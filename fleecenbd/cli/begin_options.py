@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -56,8 +58,10 @@ def begin_body(
     thaw_cmd: str | None,
     hook_timeout: str | None,
     read_once: bool = False,
+    temp: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Fields of the body of ``PUT /v1/sessions/NAME``. Raises UsageError."""
+    """Fields of the body of ``PUT /v1/sessions/NAME``; ``temp``: those of temp_options.py. Raises
+    UsageError."""
     options = choose_session_options(
         temp_limit=temp_limit,
         cluster_size=cluster_size,
@@ -70,6 +74,7 @@ def begin_body(
         "temp_limit": options.temp_limit,
         "cluster_size": options.cluster_size,
         "read_once": read_once,
+        **temp,
     }
     for key, text in (("ttl", ttl), ("idle_ttl", idle_ttl), ("hook_timeout", hook_timeout)):
         if text is not None:

@@ -31,6 +31,7 @@ from fleecenbd.cli.endpoints import DEFAULT_PORT
 from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.serve import serve
 from fleecenbd.cli.serve_options import DISKS, CacheMode, DefaultExport, Discard
+from fleecenbd.cli.temp_options import Temp, TempDir, TempOverwrite, TempPrealloc
 from fleecenbd.cli.usage import usage_text
 from fleecenbd.cli.words import ServeWords
 from fleecenbd.engine.session import SessionOptions
@@ -271,6 +272,10 @@ def _serve(
     end_sessions: EndSessions = False,
     trust_offline: TrustOffline = None,
     forget_missing: ForgetMissing = False,
+    temp: Temp = None,
+    temp_dir: TempDir = None,
+    temp_prealloc: TempPrealloc = False,
+    temp_overwrite: TempOverwrite = False,
     default_export: DefaultExport = None,
     cache: CacheMode = None,
     discard: Discard = None,
@@ -358,6 +363,10 @@ def _serve(
             end_sessions=end_sessions,
             trust_offline=trust_offline,
             forget_missing=forget_missing,
+            temp=temp,
+            temp_dir=temp_dir,
+            temp_prealloc=temp_prealloc,
+            temp_overwrite=temp_overwrite,
             default_export=default_export,
             cache=cache.value if cache is not None else None,
             discard=tuple(discard or ()),

@@ -29,6 +29,8 @@ from fleecenbd.cli.control_options import (
 )
 from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.pull_commands import add_pull
+from fleecenbd.cli.temp_choice import temp_fields
+from fleecenbd.cli.temp_options import Temp, TempDir, TempOverwrite, TempPrealloc
 from fleecenbd.cli.values import DiskSpec
 from fleecenbd.engine.recording import MODES, USE_OR_NEW
 
@@ -88,6 +90,10 @@ def begin(
     cbw_timeout: CbwTimeout = None,
     temp_limit: TempLimit = None,
     cluster_size: ClusterSize = None,
+    temp: Temp = None,
+    temp_dir: TempDir = None,
+    temp_prealloc: TempPrealloc = False,
+    temp_overwrite: TempOverwrite = False,
     bitmap: Annotated[
         str | None,
         typer.Option(
@@ -147,6 +153,7 @@ def begin(
             cbw_timeout=cbw_timeout,
             temp_limit=temp_limit,
             cluster_size=cluster_size,
+            temp=temp_fields(temp, temp_dir, preallocated=temp_prealloc, overwrite=temp_overwrite),
             ttl=ttl,
             idle_ttl=idle_ttl,
             freeze_cmd=freeze_cmd,

@@ -16,14 +16,10 @@ from typing import TYPE_CHECKING
 from fleecenbd.cli.endpoints import PRIVATE, Endpoint
 from fleecenbd.cli.errors import CommandError, reason
 from fleecenbd.cli.handed import Handed
-from fleecenbd.cli.images import (
-    TempDirectory,
-    check_all_different,
-    open_disks,
-    open_other,
-)
+from fleecenbd.cli.images import check_all_different, open_disks, open_other
 from fleecenbd.cli.options import ServeOptions
 from fleecenbd.cli.places import default_control
+from fleecenbd.cli.temp_directory import TempDirectory
 from fleecenbd.cli.values import DiskSpec, parse_disk
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.session import MakeTemp
@@ -31,6 +27,7 @@ from fleecenbd.server.guest_records import GuestRecords
 from fleecenbd.server.listeners import Listeners
 from fleecenbd.server.server import Server
 from fleecenbd.server.sockets import listen_tcp, listen_unix
+from fleecenbd.server.temp_place import TempPlace
 from fleecenbd.storage.pool import ThreadPool
 
 if TYPE_CHECKING:
@@ -59,17 +56,20 @@ class ServerPlaces:
         self._options = options
         self._endpoints = endpoints
         self._records = records
+        self.temp = options.temp
         self._pool = ThreadPool("images", "disks to come", size_max=4)
 
-    def make_temp(self, session: str) -> MakeTemp:
-        """Temp images in the state directory."""
+    def make_temp(self, session: str, place: TempPlace) -> MakeTemp:
+        """Temp images in the state directory, or where the place says."""
+        if self._server.store is not None:
+            return self._server.store.temps.maker(session, place)
         directory = self._options.state_directory
         if directory is None:
             raise OSError(
                 errno.EINVAL,
                 "the server has no place for temp images; start it with --state-dir",
             )
-        return TempDirectory(directory, session).make
+        return TempDirectory(directory, session, place).make
 
     async def open_disk(self, name: str, image: str) -> Disk:
         """As the command line does, in a thread: its disk may hang."""
@@ -224,7 +224,10 @@ class Control:
         jobs = self._jobs = Jobs(server, sessions, places)
         # What --begin asked for. The hooks are for guests that are connected: not for it.
         begun = Ask(
-            options=options.session_options, ttl_s=options.ttl_s, idle_ttl_s=options.idle_ttl_s
+            options=options.session_options,
+            temp=options.temp,
+            ttl_s=options.ttl_s,
+            idle_ttl_s=options.idle_ttl_s,
         )
         for session in server.sessions.values():
             extra = server.store.extras.get(session.name) if server.store is not None else None

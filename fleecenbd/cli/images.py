@@ -1,24 +1,19 @@
-"""Images opened for serving, and temp images made: both with messages that say what to do."""
+"""Images opened for serving, with messages that say what to do."""
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import stat
 from collections.abc import Sequence
-from pathlib import Path
 
 from fleecenbd.cli.errors import CommandError, UsageError, reason
-from fleecenbd.cli.places import make_private_directory
 from fleecenbd.cli.values import DiskSpec
 from fleecenbd.engine.disk import Disk
 from fleecenbd.storage.device import Device
 from fleecenbd.storage.file import FileDevice
 from fleecenbd.storage.locks import LockMode
-from fleecenbd.storage.pool import ThreadPool
 from fleecenbd.storage.probe import PROBE_LENGTH, container_format
-from fleecenbd.storage.temp import TempImage
 
 
 def open_disks(specs: Sequence[DiskSpec], *, read_only: bool, force_share: bool) -> list[Disk]:
@@ -139,44 +134,3 @@ def _refuse_container(spec: DiskSpec) -> None:
             "whose bytes a guest must not be handed as its disk; convert it to a raw image, "
             f"or write raw:{spec.path} if those bytes are what you mean"
         )
-
-
-class TempDirectory:
-    """Where temp images are made, in a thread: the directory's disk may hang.
-
-    The directory is made with the first of them.
-    """
-
-    def __init__(self, path: Path, session: str) -> None:
-        self.path = path
-        self._session = session
-        self._pool = ThreadPool(str(path), "temp images", size_max=1)
-
-    async def make(self, disk: Disk, cluster_size: int, session_id: str) -> Device:
-        """An empty temp image for the disk (engine.session.MakeTemp). Raises OSError.
-
-        An image that nobody waits for any more when it is made is closed.
-        """
-        making = self._pool.run(self.create, disk.name, disk.size, cluster_size)
-        try:
-            return await asyncio.shield(making)
-        except asyncio.CancelledError:
-            making.add_done_callback(_close_made)
-            raise
-
-    def create(self, name: str, size: int, cluster_size: int) -> Device:
-        """``make``, in this very thread. Raises OSError. Blocks."""
-        image = f"{name}@{self._session}"
-        try:
-            make_private_directory(self.path)
-            return TempImage.create(self.path, image, size, cluster_size=cluster_size)
-        except OSError as error:
-            # A system call on a descriptor knows no name, and no way out.
-            known = error.filename if error.filename is not None else str(self.path)
-            cause = f"{error.strerror}; give another folder for temp images with --state-dir"
-            raise OSError(error.errno, cause, known) from error
-
-
-def _close_made(making: asyncio.Future[Device]) -> None:
-    if not making.cancelled() and making.exception() is None:
-        making.result().close()

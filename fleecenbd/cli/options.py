@@ -16,6 +16,7 @@ from fleecenbd.cli.values import DiskSpec
 from fleecenbd.engine.session import SessionOptions
 from fleecenbd.engine.state import CLUSTER_SIZE_MIN
 from fleecenbd.server.hooks import Hooks
+from fleecenbd.server.temp_place import OWN_FILES, TempPlace
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class ServeOptions:
     """Sessions that are left over a disk which is not served now are lost; else it is an error."""
     session: str | None = None
     session_options: SessionOptions = field(default_factory=SessionOptions)
+    temp: TempPlace = OWN_FILES
+    """Also for sessions that come later."""
     ttl_s: float | None = None
     idle_ttl_s: float | None = None
     control: str | None = None

@@ -21,12 +21,14 @@ from fleecenbd.cli.controlling import Control, ServerPlaces
 from fleecenbd.cli.endpoints import Endpoint, open_endpoints
 from fleecenbd.cli.errors import CommandError, reason
 from fleecenbd.cli.handed import NOTHING_HANDED, Handed
-from fleecenbd.cli.images import TempDirectory, open_other
+from fleecenbd.cli.images import open_other
 from fleecenbd.cli.lasting import take_up
 from fleecenbd.cli.options import ServeOptions
 from fleecenbd.cli.pidfile import pidfile
 from fleecenbd.cli.stopping import Stopping
+from fleecenbd.cli.temp_directory import TempDirectory
 from fleecenbd.engine.disk import Disk
+from fleecenbd.engine.session import MakeTemp
 from fleecenbd.server.guest_records import GuestRecords
 from fleecenbd.server.server import Server
 from fleecenbd.server.sockets import notify
@@ -171,14 +173,16 @@ async def _begin(server: Server, options: ServeOptions, session: str) -> None:
     directory = options.state_directory
     assert directory is not None, "a session needs a state directory"
     try:
-        temp = TempDirectory(directory, session)
+        make_temp: MakeTemp = TempDirectory(directory, session, options.temp).make
         if server.store is not None:
+            make_temp = server.store.temps.maker(session, options.temp)
             server.store.extras[session] = {
                 "all_disks": True,
                 "ttl_s": options.ttl_s,
                 "idle_ttl_s": options.idle_ttl_s,
+                **options.temp.lasting(),
             }
-        await server.begin(session, None, options.session_options, temp.make)
+        await server.begin(session, None, options.session_options, make_temp)
     except OSError as error:
         raise CommandError(f"cannot begin session {session}: {reason(error)}") from error
 

@@ -27,6 +27,7 @@ from fleecenbd.cli.pidfile import check_pidfile
 from fleecenbd.cli.places import default_control, guests_directory, state_directory
 from fleecenbd.cli.process import keep_buffers_on_the_heap, start_collecting
 from fleecenbd.cli.runner import run_server
+from fleecenbd.cli.temp_choice import choose_temp_place
 from fleecenbd.cli.words import ServeWords
 
 
@@ -123,6 +124,12 @@ def serve(words: ServeWords) -> int:
             cluster_size=words.cluster_size,
             on_cbw_error=words.on_cbw_error,
             cbw_timeout=words.cbw_timeout,
+        ),
+        temp=choose_temp_place(
+            words.temp,
+            words.temp_dir,
+            preallocated=words.temp_prealloc,
+            overwrite=words.temp_overwrite,
         ),
         ttl_s=_period(words.ttl, "--ttl"),
         idle_ttl_s=_period(words.idle_ttl, "--idle-ttl"),

@@ -35,6 +35,10 @@ class ServeWords:
     state_dir: str | None = None
     temp_limit: str | None = None
     cluster_size: str | None = None
+    temp: str | None = None
+    temp_dir: str | None = None
+    temp_prealloc: bool = False
+    temp_overwrite: bool = False
     on_cbw_error: str | None = None
     cbw_timeout: str | None = None
     ttl: str | None = None

@@ -26,7 +26,7 @@ from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.own_bits import OwnBits
 from fleecenbd.engine.recording import RecordingBitmap, Since, scaled
 from fleecenbd.engine.session import Session, SessionOptions
-from fleecenbd.engine.state import FleeceState
+from fleecenbd.engine.state import FleeceState, holds_space
 from fleecenbd.engine.store import FleeceBits
 from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO, Buffer, Data, Device, Extent
 
@@ -155,11 +155,12 @@ def _released(state: FleeceState, own: OwnBits | None) -> int:
 async def _find_charged(state: FleeceState) -> None:
     """Charge every cluster of the temp image that may hold something else than a hole."""
     size = state.clusters << state.shift
-    try:
-        extents = await state.target.extents(0, size)
-    except OSError as error:
-        logger.warning("%s: its temp image tells no extents: %s", state.name, error.strerror)
-        extents = [(size, 0)]
+    extents = [(size, 0)]
+    if not holds_space(state.target):
+        try:
+            extents = await state.target.extents(0, size)
+        except OSError as error:
+            logger.warning("%s: its temp image tells no extents: %s", state.name, error.strerror)
     offset = 0
     for length, flags in extents:
         if flags & HOLE != HOLE:

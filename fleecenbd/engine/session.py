@@ -20,6 +20,7 @@ from fleecenbd.engine.state import (
     BREAK_SNAPSHOT,
     CLUSTER_SIZE_MIN,
     FleeceState,
+    holds_space,
 )
 from fleecenbd.engine.store import MEMORY, FleeceBits, Store
 from fleecenbd.storage.device import Device
@@ -334,10 +335,16 @@ class _Making:
             raise OSError(
                 errno.EINVAL,
                 f"cluster size {asked} is below {temp.hole_size}, the block size of the temp "
-                f"image's file system: smaller holes free nothing",
+                "image: smaller holes free nothing",
             )
         cluster_size = max(cluster_size, temp.hole_size)
         limit = self.options.temp_limit
+        if limit is not None and holds_space(temp):
+            raise OSError(
+                errno.EINVAL,
+                f"{self.disk.name}@{self.session}: a preallocated temp image takes all of its "
+                "space at the start; leave out the temp limit",
+            )
         if limit is not None and limit < cluster_size:
             raise OSError(
                 errno.EINVAL,
@@ -357,6 +364,7 @@ class _Making:
             on_cbw_error=self.options.on_cbw_error,
             cbw_timeout_s=self.options.cbw_timeout_s,
             temp_limit=self.options.temp_limit,
+            target_reads_zero=not holds_space(temp),
             bits=bits,
         )
         if own is None or not own.dirty_only:

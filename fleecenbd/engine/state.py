@@ -35,7 +35,7 @@ from fleecenbd.engine.reqlist import RangeRequest, RequestList, Waiters
 from fleecenbd.engine.shared_read import SharedRead
 from fleecenbd.engine.store import FleeceBits, MemoryFleeceBits
 from fleecenbd.engine.wait_times import WaitTimes
-from fleecenbd.storage.device import Device
+from fleecenbd.storage.device import Device, HoldingSpace, Losable
 
 BREAK_SNAPSHOT = "break-snapshot"
 """on_cbw_error: the session breaks, the guest's write goes on."""
@@ -133,6 +133,11 @@ class FrozenRead(RangeRequest):
         return (self.asked[low - self.first : high - self.first] & access[low:high]).any()
 
 
+def holds_space(temp: Device) -> bool:
+    """Whether a temp image's space was taken in advance."""
+    return isinstance(temp, HoldingSpace) and temp.holds_space
+
+
 class FleeceState:
     """The state that block-copy, copy-before-write and snapshot access share.
 
@@ -153,7 +158,8 @@ class FleeceState:
         bits: FleeceBits | None = None,
     ) -> None:
         """``target`` must be as large as ``source`` rounded up to whole clusters, so that the
-        last, partial cluster can be punched whole. ``target_reads_zero``: it is empty.
+        last, partial cluster can be punched whole. ``target_reads_zero``: it is empty, and holds no
+        space.
 
         ``bits``: where ``access`` and ``done`` live, as they are (``done`` where there is no
         access is dropped); None: in memory, with access everywhere.
@@ -192,6 +198,9 @@ class FleeceState:
         """Called once, in the step in which the fleece breaks or finishes."""
         self.stats = FleeceStats()
         self.stats.temp_clusters = 0 if target_reads_zero else self.clusters
+        if isinstance(target, Losable):
+            # Whatever the policy: without what was kept there is no point in time any more.
+            target.on_lost = self._lost
         if bits is None:
             self.give_access(None)
         else:
@@ -248,6 +257,9 @@ class FleeceState:
         self._bits.mark_broken(cause)
         self.broken = cause
         self._die()
+
+    def _lost(self, cause: str) -> None:
+        self.break_session(f"its temp image is lost: {cause}")
 
     def note_failed(self, cause: str) -> None:
         """The session will fail, whatever comes: after a kill it is a broken one."""

@@ -26,10 +26,11 @@ from typing import TypeVar
 
 from fleecenbd.cli import logs
 from fleecenbd.cli.errors import CommandError, reason
-from fleecenbd.cli.images import TempDirectory, open_disks
+from fleecenbd.cli.images import open_disks
 from fleecenbd.cli.options import ServeOptions
 from fleecenbd.cli.process import keep_buffers_on_the_heap
 from fleecenbd.cli.runner import guest_records
+from fleecenbd.cli.temp_directory import TempDirectory
 from fleecenbd.engine.disk import Disk
 from fleecenbd.plugin.client import PluginClient
 from fleecenbd.plugin.words import Log

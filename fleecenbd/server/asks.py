@@ -9,6 +9,7 @@ from typing import Any
 from fleecenbd.engine.recording import BitmapRequest
 from fleecenbd.engine.session import Session, SessionOptions
 from fleecenbd.server.hooks import HOOK_TIMEOUT_S
+from fleecenbd.server.temp_place import OWN_FILES, TempPlace, place_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Ask:
     freeze: str | None = None
     thaw: str | None = None
     bitmap: BitmapRequest | None = None
+    temp: TempPlace = OWN_FILES
     hook_timeout_s: float = HOOK_TIMEOUT_S
 
 
@@ -42,6 +44,7 @@ def lasting(ask: Ask) -> dict[str, str | int | float | bool | None]:
         "bitmap": None if ask.bitmap is None else ask.bitmap.name,
         "bitmap_mode": None if ask.bitmap is None else ask.bitmap.mode,
         "granularity": None if ask.bitmap is None else ask.bitmap.granularity,
+        **ask.temp.lasting(),
     }
 
 
@@ -57,5 +60,6 @@ def ask_of(session: Session, extra: Mapping[str, Any]) -> Ask:
         options=session.options,
         owner=session.owner,
         bitmap=bitmap,
+        temp=place_of(extra),
         **{name: extra[name] for name in same if name in extra},
     )

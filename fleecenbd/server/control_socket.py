@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from fleecenbd.server.hooks import Hooks
 from fleecenbd.server.jobs import Jobs
 from fleecenbd.server.listeners import Listeners
+from fleecenbd.server.places import Places
 from fleecenbd.server.server import Server
-from fleecenbd.server.sessions import Places, Sessions
+from fleecenbd.server.sessions import Sessions
 from fleecenbd.storage.pool import ThreadPool
 
 if TYPE_CHECKING:

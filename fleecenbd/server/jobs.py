@@ -35,8 +35,9 @@ from fleecenbd.server.job_asks import JobAsk
 from fleecenbd.server.job_finishing import Finishing
 from fleecenbd.server.job_process import KILLED_WAIT_S, JobProcess
 from fleecenbd.server.job_record import CANCELLED, COMPLETE, FAILED, Job
+from fleecenbd.server.places import Places
 from fleecenbd.server.server import Server
-from fleecenbd.server.sessions import Places, Sessions
+from fleecenbd.server.sessions import Sessions
 from fleecenbd.server.views import JobView
 
 logger = logging.getLogger(__name__)

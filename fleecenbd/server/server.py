@@ -192,7 +192,7 @@ class Server:
     ) -> Session:
         """Begin a session over the disks of these names (None: all). Raises OSError.
 
-        ``make_temp``: who makes the temp images, where there is no store that does. ``bitmap``,
+        ``make_temp``: who makes the temp images: the store, where there is one. ``bitmap``,
         ``owner``, ``guests``: as ``arm`` takes them.
         """
         if name in self.sessions or name in self._beginning:
@@ -209,7 +209,7 @@ class Server:
                 name,
                 chosen,
                 options,
-                make_temp if self.store is None else self.store.make_temp,
+                make_temp,
                 clock=time.time,
                 bitmap=bitmap,
                 store=MEMORY if self.store is None else self.store,

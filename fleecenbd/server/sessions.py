@@ -15,19 +15,19 @@ import errno
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.recording import KEEP, USE
-from fleecenbd.engine.session import MakeTemp, Session
+from fleecenbd.engine.session import Session
 from fleecenbd.server.asks import Ask, lasting
 from fleecenbd.server.bitmaps import Bitmaps
 from fleecenbd.server.catalog import FINISHED_MAX
 from fleecenbd.server.exports import FleecingExport
 from fleecenbd.server.guest_hooks import GuestHooks
+from fleecenbd.server.places import Places
 from fleecenbd.server.server import Server
 from fleecenbd.server.temp_watch import TempWatch
 from fleecenbd.server.views import (
@@ -49,19 +49,6 @@ class Begun:
     session: Session
     warnings: tuple[str, ...]
     is_new: bool = True
-
-
-class Places(Protocol):
-    """Where things are: what the command line knows, and nobody else."""
-
-    def make_temp(self, session: str) -> MakeTemp:
-        """Who makes the temp images of a session. Raises OSError where there is no place."""
-
-    def open_disk(self, name: str, image: str) -> Awaitable[Disk]:
-        """Open, lock and check the image of a disk to come. Raises OSError."""
-
-    def uris(self, export: str) -> Sequence[str]:
-        """The NBD URIs that lead to an export."""
 
 
 @dataclass
@@ -154,7 +141,7 @@ class Sessions:
                 self.bitmaps.find(disk.name, ask.bitmap.name)
 
     async def _begin(self, name: str, ask: Ask) -> Begun:
-        make_temp = self._places.make_temp(name)
+        make_temp = self._places.make_temp(name, ask.temp)
         names = list(self._server.disks) if ask.disks is None else list(ask.disks)
         warnings = self._warnings(names)
         hooks = GuestHooks(self._server.events, name, names, ask)

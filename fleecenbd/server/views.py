@@ -109,6 +109,8 @@ class WaitView:
 class TempView:
     """A temp image: bytes of old data that it holds."""
 
+    image: str
+    """Path of its file, or URI; DISK@SESSION in a folder stands for a file without a name."""
     now: int
     peak: int
     limit: int | None
@@ -298,6 +300,7 @@ def fleece_view(server: Server, fleece: Fleece, uris: Uris) -> FleeceView:
         released=min(stats.released_bytes, fleece.size),
         copied=stats.copied_bytes,
         temp=TempView(
+            image=fleece.temp.name,
             now=0 if fleece.freed else stats.temp_clusters << shift,
             peak=stats.temp_clusters_peak << shift,
             limit=state.temp_limit,

@@ -19,6 +19,7 @@ Rules that every device keeps (tests/storage/test_contract.py)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, TypeAlias, runtime_checkable
 
 Buffer: TypeAlias = bytes | bytearray
@@ -111,6 +112,22 @@ class Cloning(Protocol):
 
         False: refused, with nothing changed.
         """
+
+
+@runtime_checkable
+class HoldingSpace(Protocol):
+    """What a temp image may have besides: space that was taken in advance."""
+
+    holds_space: bool
+    """Each part holds space until it is trimmed, whether something was written there or not."""
+
+
+@runtime_checkable
+class Losable(Protocol):
+    """A temp image in the hands of another process, which can lose it."""
+
+    on_lost: Callable[[str], None] | None
+    """Called with the reason once nothing that it held can be trusted, or read, any more."""
 
 
 class ReadNow(Protocol):

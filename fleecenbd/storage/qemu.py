@@ -21,7 +21,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import IO, Any
 from urllib.parse import quote
@@ -46,6 +46,9 @@ SAID_MAX = 500
 
 CLUSTER = 64 << 10
 """Bytes: of a qcow2 image, unless it was made otherwise. TRIM frees whole ones."""
+
+NODE = "image"
+"""Name of the node that a child exports."""
 
 _LOCKED = ("Failed to get", "lock")
 """What QEMU says of a file that another process has."""
@@ -118,10 +121,10 @@ class QemuChild:
         said = " ".join(text.decode(errors="replace").split())
         return said or ("nothing was said" if status is None else f"status {status}")
 
-    async def execute(self, command: str, arguments: Mapping[str, object]) -> None:
-        """Raises OSError, with QEMU's own sentence."""
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """What it answers. Raises OSError, with QEMU's own sentence."""
         try:
-            await self._qmp.execute(command, arguments)
+            return await self._qmp.execute(command, arguments)
         except ExecuteError as error:
             number = errno.EBUSY if all(word in str(error) for word in _LOCKED) else errno.EINVAL
             text = f"QEMU: {error}"
@@ -187,17 +190,23 @@ class QemuDevice(RemoteDevice):
         self.on_closed: Callable[[], None] | None = None
         """Called once the child has ended."""
         self._child = child
+        self._quit: Callable[[], Awaitable[None]] = child.quit
+        """What ends it; raises OSError."""
         self._watching = asyncio.get_running_loop().create_task(self._watch(), name=f"end {name}")
 
     async def _watch(self) -> None:
         await self._child.ended.wait()
         if not self._is_closed:
-            logger.error("%s: %s has ended: %s", self.name, PROGRAM, self._child.said())
+            self._has_ended(f"{PROGRAM} has ended: {self._child.said()}")
+
+    def _has_ended(self, why: str) -> None:
+        """The child has, and nobody had asked it to."""
+        logger.error("%s: %s", self.name, why)
 
     async def _hang_up(self) -> None:
         await super()._hang_up()
         try:
-            await self._child.quit()
+            await self._quit()
         except OSError as error:
             logger.error("%s: %s", self.name, error.strerror)
         self._watching.cancel()
@@ -223,6 +232,19 @@ async def open_image(
     block_device: Mapping[str, object], *, name: str, read_only: bool = False, **facts: Any
 ) -> QemuDevice:
     """Open what ``blockdev-add`` is told. Raises OSError: EBUSY where another process has it."""
+
+    async def add(child: QemuChild) -> None:
+        await _add(child, {"node-name": NODE, "read-only": read_only, **block_device})
+
+    child, client = await serve_node(name, add, read_only=read_only)
+    cluster = facts.pop("cluster", 2 << 20)
+    return QemuDevice(client, child, name, cluster=cluster, read_only=read_only, **facts)
+
+
+async def serve_node(
+    name: str, make: Callable[[QemuChild], Awaitable[None]], *, read_only: bool = False
+) -> tuple[QemuChild, NbdClient]:
+    """Start a child that exports the node ``NODE``, which ``make`` has it open. Raises OSError."""
     if shutil.which(PROGRAM) is None:
         raise OSError(
             errno.ENOENT,
@@ -233,14 +255,14 @@ async def open_image(
     child = QemuChild(name)
     try:
         await child.start()
-        await _add(child, {"node-name": "image", "read-only": read_only, **block_device})
+        await make(child)
         await child.execute(
             "nbd-server-start", {"addr": {"type": "unix", "data": {"path": child.socket}}}
         )
         await child.execute(
             "block-export-add",
             {
-                **{"type": "nbd", "id": "export", "node-name": "image", "name": ""},
+                **{"type": "nbd", "id": "export", "node-name": NODE, "name": ""},
                 "writable": not read_only,
             },
         )
@@ -256,8 +278,7 @@ async def open_image(
             raise OSError(error.errno, error.strerror, name) from error
         raise
     child.forget_folder()
-    cluster = facts.pop("cluster", 2 << 20)
-    return QemuDevice(client, child, name, cluster=cluster, read_only=read_only, **facts)
+    return child, client
 
 
 async def _add(child: QemuChild, block_device: Mapping[str, object]) -> None:

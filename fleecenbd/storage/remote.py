@@ -208,10 +208,14 @@ class RemoteDevice:
         try:
             return await asyncio.shield(task)
         except OSError as error:
+            self._failed(error)
             # What is wrong with a connection is no guest's fault. Nor must a guest export ever say
             # ESHUTDOWN: QEMU hands it on to the guest.
             number = error.errno if error.errno in _ITS_OWN else errno.EIO
             raise OSError(number, error.strerror, self.name) from error
+
+    def _failed(self, error: OSError) -> None:
+        """A call has, and somebody waited for it."""
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._calls.discard(task)

@@ -40,6 +40,7 @@ class TempImage:
         *,
         cluster_size: int | None = None,
         hole_size: int | None = None,
+        holds_space: bool = False,
         threads_max: int = SIZE_MAX,
     ) -> None:
         """Take over the descriptor of an empty file; ``size`` in bytes, as in ``create``.
@@ -47,6 +48,8 @@ class TempImage:
         ``hole_size``: what it was when the image was made, where the file is not empty.
         """
         self.name = name
+        self.holds_space = holds_space
+        """All space that it may need was allocated at the start; what is trimmed is freed."""
         self.on_closed: Callable[[], None] | None = None
         """Called once the file is closed, by another thread."""
         self.hole_size = _measured_hole_size(descriptor, name) if hole_size is None else hole_size
@@ -57,6 +60,8 @@ class TempImage:
         # The file ends with a whole block, so that a trim of the last part frees it.
         self._file_size = _rounded_up(size, self.hole_size)
         os.ftruncate(descriptor, self._file_size)
+        if holds_space and hole_size is None:
+            _allocate(descriptor, name, self._file_size)
         self._file = FileDevice(descriptor, name, size=size, role="temp", threads_max=threads_max)
         self._clones = Clones(self._file)
         self.pread_now: ReadNow = self._file.pread_now
@@ -71,18 +76,27 @@ class TempImage:
         size: int,
         *,
         cluster_size: int | None = None,
+        preallocate: bool = False,
         threads_max: int = SIZE_MAX,
     ) -> TempImage:
         """Make an empty temp image in ``directory``; ``name`` is for messages only.
 
         ``cluster_size``: a power of two; ``size`` is rounded up to whole clusters, of at least
-        the image's own ``hole_size``. Raises OSError; ENOTSUP where the file system can't free
-        what is trimmed. Blocks.
+        the image's own ``hole_size``. ``preallocate``: its space is taken now, all of it, so that
+        no copy can run out of it. Raises OSError; ENOTSUP where the file system can't free what is
+        trimmed, ENOSPC where there is no space for a preallocated one. Blocks.
         """
         path = os.path.join(os.fspath(directory), name)
         descriptor = _create_unnamed(os.fspath(directory))
         try:
-            return cls(descriptor, path, size, cluster_size=cluster_size, threads_max=threads_max)
+            return cls(
+                descriptor,
+                path,
+                size,
+                cluster_size=cluster_size,
+                holds_space=preallocate,
+                threads_max=threads_max,
+            )
         except BaseException:
             os.close(descriptor)
             raise
@@ -94,6 +108,7 @@ class TempImage:
         size: int,
         *,
         cluster_size: int | None = None,
+        preallocate: bool = False,
         threads_max: int = SIZE_MAX,
     ) -> TempImage:
         """As ``create``, in a new file of this path; EEXIST if there is one. Blocks."""
@@ -101,7 +116,14 @@ class TempImage:
         descriptor = os.open(name, _FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
             lock_image(descriptor, name, LockMode.EXCLUSIVE)
-            return cls(descriptor, name, size, cluster_size=cluster_size, threads_max=threads_max)
+            return cls(
+                descriptor,
+                name,
+                size,
+                cluster_size=cluster_size,
+                holds_space=preallocate,
+                threads_max=threads_max,
+            )
         except BaseException:
             os.close(descriptor)
             with suppress(OSError):
@@ -115,12 +137,14 @@ class TempImage:
         size: int,
         hole_size: int,
         *,
+        holds_space: bool = False,
         threads_max: int = SIZE_MAX,
     ) -> TempImage:
         """Open the file of a ``create_named`` of another process, with what it holds.
 
-        ``size`` and ``hole_size`` are those that it had. Raises OSError; EBUSY while a system
-        call of that process has not ended; EINVAL where it is not the whole file. Blocks.
+        ``size``, ``hole_size`` and ``holds_space`` are those that it had. Raises OSError; EBUSY
+        while a system call of that process has not ended; EINVAL where it is not the whole file.
+        Blocks.
         """
         name = os.fspath(path)
         descriptor = os.open(name, _FLAGS | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -132,7 +156,14 @@ class TempImage:
                 raise OSError(
                     errno.EINVAL, f"the temp image has {found.st_size} bytes of {expected}", name
                 )
-            return cls(descriptor, name, size, hole_size=hole_size, threads_max=threads_max)
+            return cls(
+                descriptor,
+                name,
+                size,
+                hole_size=hole_size,
+                holds_space=holds_space,
+                threads_max=threads_max,
+            )
         except BaseException:
             os.close(descriptor)
             raise
@@ -225,6 +256,20 @@ def _measured_hole_size(descriptor: int, name: str) -> int:
     hole_size = 1 << max(taken - 1, block - 1).bit_length()
     _punch(descriptor, name, hole_size)
     return hole_size
+
+
+def _allocate(descriptor: int, name: str, length: int) -> None:
+    """Take the space of the whole file. Raises OSError."""
+    try:
+        system_calls.fallocate(descriptor, 0, 0, length, name)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            cause = f"there is no room to preallocate {length} bytes ({error.strerror})"
+        elif error.errno in (errno.ENOTSUP, errno.ENOSYS):
+            cause = "the file system cannot preallocate a file"
+        else:
+            raise
+        raise OSError(error.errno, cause, name) from None
 
 
 def _rounded_up(size: int, unit: int) -> int:

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from fleecenbd.cli import images, runner
+from fleecenbd.cli import runner, temp_directory
 from fleecenbd.cli.endpoints import Addresses, Endpoint
 from fleecenbd.cli.errors import CommandError
 from fleecenbd.cli.handed import starting_client
-from fleecenbd.cli.images import TempDirectory, open_disks
+from fleecenbd.cli.images import open_disks
 from fleecenbd.cli.options import ServeOptions
 from fleecenbd.cli.stopping import Stopping
+from fleecenbd.cli.temp_directory import TempDirectory
 from fleecenbd.cli.values import DiskSpec
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server.server import Server
@@ -125,7 +126,7 @@ def test_a_signal_ends_a_server_whose_state_directory_hangs(
         os.kill(os.getpid(), signal.SIGTERM)
         over.append(gate.wait(10))
 
-    monkeypatch.setattr(images, "make_private_directory", hang)
+    monkeypatch.setattr(temp_directory, "make_private_directory", hang)
     assert _run(_options(session="n"), disks) == 0
     assert over == []
     gate.set()

@@ -48,7 +48,7 @@ def _status(*, broken: str | None) -> dict[str, Any]:
             {
                 **{"disk": name, "export": f"{name}@n", "uris": [], "broken": why, "clients": []},
                 **{"size": 4096, "released": released, "accessible": 4096 - released},
-                "temp": {"now": 0, "peak": 4096, "limit": None},
+                "temp": {"image": "/t", "now": 0, "peak": 4096, "limit": None},
                 "guest_wait": {"p99": 0.0},
             }
         )

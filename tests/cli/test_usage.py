@@ -323,12 +323,12 @@ def test_a_temp_image_that_cannot_be_made_names_its_folder_and_the_option(
     folder = Path("state/files").absolute()
     assert line == (
         f"fleecenbd: cannot begin session n: {folder}: {os.strerror(number)}; give another "
-        "folder with --state-dir"
+        "folder with --temp-dir, or --state-dir"
     )
     line = fails("serve", image, "--begin", "n", "--state-dir", "state", "--run", "true")
     assert line == (
         f"fleecenbd: cannot begin session n: state: {os.strerror(number)}; give another folder "
-        "for temp images with --state-dir"
+        "for temp images with --temp-dir, or --state-dir"
     )
 
 

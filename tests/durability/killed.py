@@ -17,11 +17,10 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.recording import BitmapRequest
-from fleecenbd.engine.session import MakeTemp, SessionOptions
+from fleecenbd.engine.session import SessionOptions
 from fleecenbd.server.server import Server
 from fleecenbd.server.sockets import listen_unix
 from fleecenbd.server.state.directory import StateDirectory
@@ -33,13 +32,6 @@ from fleecenbd.storage.filesystem import Medium
 
 WAIT_S = 2.0
 """Seconds that the killer waits for something to be in flight."""
-
-
-async def _no_temp(*_: object) -> Any:
-    raise AssertionError("the store makes temp images")
-
-
-NO_TEMP: MakeTemp = _no_temp
 
 
 class Killed:
@@ -79,7 +71,9 @@ class Killed:
 
     async def _begin(self, name: str, mode: str, granularity: int) -> object:
         request = BitmapRequest("chain", mode, granularity)
-        await self.server.begin(name, None, SessionOptions(), NO_TEMP, bitmap=request)
+        assert self.server.store is not None
+        temps = self.server.store.temps.maker(name)
+        await self.server.begin(name, None, SessionOptions(), temps, bitmap=request)
         return await self._list()
 
     async def _finish(self, name: str, failed: bool) -> object:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import nbd
 import pytest
 
 from tests.controlling import Control
-from tests.disks import KIB, MIB, first_difference, make_disk
-from tests.remembering import Moment, RememberingGuest, remembering
-from tests.serving import FLEECENBD, Serving, connected, run, serving, try_run
-
-SIZE = 8 * MIB + 64 * KIB
-TIMEOUT_S = 60.0
+from tests.disks import KIB, MIB, make_disk
+from tests.e2e.places import (
+    SIZE,
+    TIMEOUT_S,
+    Backend,
+    backend_over,
+    children_of,
+    is_backed_up,
+    read_all,
+    state_of,
+    wait_for_end,
+)
+from tests.remembering import RememberingGuest, remembering
+from tests.serving import FLEECENBD, connected, run, serving, try_run
 
 
 def _qcow2(folder: Path, *, name: str = "vda.qcow2") -> tuple[Path, bytes]:
@@ -40,69 +44,19 @@ def _seen(path: Path, folder: Path) -> bytes:
     return raw.read_bytes()
 
 
-def _read(uri: str) -> bytes:
-    with connected(uri) as client:
-        data = b""
-        while len(data) < client.get_size():
-            data += bytes(client.pread(min(MIB, client.get_size() - len(data)), len(data)))
-        return data
-
-
-def _children(server: Serving) -> list[int]:
-    text = Path(f"/proc/{server.pid}/task/{server.pid}/children")
-    found = [int(word) for word in text.read_text().split()]
-    for task in Path(f"/proc/{server.pid}/task").iterdir():
-        found += [int(word) for word in (task / "children").read_text().split()]
-    return sorted(set(found))
-
-
-def _state(pid: int) -> str | None:
-    """Z: it has ended, and nobody has looked for its status."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def _wait_for_end(pid: int) -> None:
-    end = time.monotonic() + TIMEOUT_S
-    while _state(pid) not in (None, "Z"):
-        assert time.monotonic() < end, f"{pid} goes on"
-        time.sleep(0.01)
-
-
-def _is_backed_up(server: Serving, guest: RememberingGuest, folder: Path, name: str) -> None:
-    """A session over a guest that writes, pulled by us and by nbdcopy: its moment, byte by byte."""
-    control = Control(f"{server.unix}.control")
-    guest.wait(20)
-    moment = Moment([guest])
-    control.call("PUT", f"sessions/{name}")
-    moment.is_over()
-    guest.wait(20)
-    copied = folder / f"{name}.copied.raw"
-    run("nbdcopy", server.uri(f"vda@{name}"), copied)
-    assert moment.is_shown_by(copied.read_bytes())
-    pulled = folder / f"{name}.pulled.raw"
-    run(FLEECENBD, "pull", server.uri(f"vda@{name}"), pulled)
-    assert first_difference(pulled, copied) is None
-    with connected(server.uri(f"vda@{name}")) as backup, pytest.raises(nbd.Error, match="Invalid"):
-        backup.pread(4096, 0)
-    control.call("DELETE", f"sessions/{name}")
-
-
 def test_a_qcow2_disk_is_served_fleeced_and_left_whole(tmp_path: Path) -> None:
     path, content = _qcow2(tmp_path)
     with serving(tmp_path, f"qcow2:{path}") as server:
-        assert _read(server.uri("vda")) == content
+        assert read_all(server.uri("vda")) == content
         guest = RememberingGuest(server.uri("vda"), content)
         with remembering(guest):
-            _is_backed_up(server, guest, tmp_path, "n")
-            _is_backed_up(server, guest, tmp_path, "m")
-        now = _read(server.uri("vda"))
-        (child,) = _children(server)
+            is_backed_up(server, guest, tmp_path, "n")
+            is_backed_up(server, guest, tmp_path, "m")
+        now = read_all(server.uri("vda"))
+        (child,) = children_of(server)
         info = run("qemu-img", "info", "-U", path)
         assert "base.qcow2" in info
-    _wait_for_end(child)
+    wait_for_end(child)
     run("qemu-img", "check", "-q", path)
     assert _seen(path, tmp_path) == now
     assert not list(Path("/tmp").glob(f"fleecenbd-*/qmp{child}"))
@@ -129,13 +83,13 @@ def test_a_server_that_is_killed_loses_nothing_that_a_guest_was_told_is_written(
     path, content = _qcow2(tmp_path)
     with serving(tmp_path, f"qcow2:{path}") as server, connected(server.uri("vda")) as guest:
         guest.pwrite(b"written" * 1000, 5 * MIB + 77)  # and not flushed
-        (child,) = _children(server)
+        (child,) = children_of(server)
         server.kill()
     expected = bytearray(content)
     expected[5 * MIB + 77 : 5 * MIB + 77 + 7000] = b"written" * 1000
     with serving(tmp_path, f"qcow2:{path}") as server:  # it waits for the child
-        assert _state(child) in (None, "Z"), "it has ended"
-        assert _read(server.uri("vda")) == expected
+        assert state_of(child) in (None, "Z"), "it has ended"
+        assert read_all(server.uri("vda")) == expected
 
 
 def test_what_belongs_to_a_qcow2_disk_is_lost_with_its_server_by_name(tmp_path: Path) -> None:
@@ -160,7 +114,7 @@ def test_a_child_that_dies_fails_its_disk_and_no_other(tmp_path: Path) -> None:
     with serving(tmp_path, f"qcow2:{path}", other) as server:
         control = Control(f"{server.unix}.control")
         control.call("PUT", "sessions/n")
-        (child,) = _children(server)
+        (child,) = children_of(server)
         with connected(server.uri("vda")) as guest, connected(server.uri("vdb")) as sound:
             os.kill(child, signal.SIGKILL)
             with pytest.raises(nbd.Error, match="Input/output error"):
@@ -213,66 +167,22 @@ def test_an_image_that_qemu_has_open_is_in_use(
 # -- other NBD servers -----------------------------------------------------------------------------
 
 
-class Backend:
-    """An nbdkit over a file, that can be killed and come back."""
-
-    def __init__(self, folder: Path, *words: str | Path) -> None:
-        self.image = make_disk(folder / "remote.raw", SIZE, islands=60)
-        self.socket = folder / "remote.sock"
-        self.uri = f"nbd+unix:///?socket={self.socket}"
-        self._words = ("file", self.image, *words)
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self.socket.unlink(missing_ok=True)
-        pid = self.socket.with_suffix(".pid")
-        pid.unlink(missing_ok=True)
-        self._process = subprocess.Popen(
-            ["nbdkit", "-f", "-U", self.socket, "-P", pid, *map(str, self._words)]
-        )
-        while not pid.exists():
-            assert self._process.poll() is None
-            time.sleep(0.01)
-
-    def goes_away(self, seconds: float) -> None:
-        """Kill it; it comes back by itself. (A guest of libnbd's lets no thread of ours run.)"""
-        command = shlex.join(["nbdkit", "-f", "-U", str(self.socket), *map(str, self._words)])
-        self.kill()
-        self.socket.unlink()
-        self._process = subprocess.Popen(["sh", "-c", f"sleep {seconds}; exec {command}"])
-
-    def kill(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-
-
-@contextmanager
-def _backend(folder: Path, *words: str | Path) -> Iterator[Backend]:
-    backend = Backend(folder, *words)
-    backend.start()
-    try:
-        yield backend
-    finally:
-        backend.kill()
-
-
 def test_a_disk_of_another_nbd_server_is_served_and_fleeced(tmp_path: Path) -> None:
-    with _backend(tmp_path, "--filter=delay", "rdelay=1ms", "wdelay=2ms") as backend:
+    with backend_over(tmp_path, "--filter=delay", "rdelay=1ms", "wdelay=2ms") as backend:
         content = backend.image.read_bytes()
         with serving(tmp_path, f"vda={backend.uri}") as server:
             guest = RememberingGuest(server.uri("vda"), content)
             with remembering(guest):
-                _is_backed_up(server, guest, tmp_path, "n")
-                _is_backed_up(server, guest, tmp_path, "m")
-            now = _read(server.uri("vda"))
+                is_backed_up(server, guest, tmp_path, "n")
+                is_backed_up(server, guest, tmp_path, "m")
+            now = read_all(server.uri("vda"))
         assert backend.image.read_bytes() == now
 
 
 def test_a_remote_disk_that_goes_away_and_comes_back_keeps_its_guest_waiting(
     tmp_path: Path,
 ) -> None:
-    with _backend(tmp_path) as backend:
+    with backend_over(tmp_path) as backend:
         content = backend.image.read_bytes()
         with serving(tmp_path, f"vda={backend.uri}") as server:
             guest = RememberingGuest(server.uri("vda"), content)
@@ -280,8 +190,8 @@ def test_a_remote_disk_that_goes_away_and_comes_back_keeps_its_guest_waiting(
                 for name in ("n", "m"):
                     guest.wait(20)
                     backend.goes_away(0.5)
-                    _is_backed_up(server, guest, tmp_path, name)
-            now = _read(server.uri("vda"))
+                    is_backed_up(server, guest, tmp_path, name)
+            now = read_all(server.uri("vda"))
         assert backend.image.read_bytes() == now
     assert "connecting again" in server.messages()
 
@@ -289,7 +199,7 @@ def test_a_remote_disk_that_goes_away_and_comes_back_keeps_its_guest_waiting(
 def test_a_remote_disk_that_stays_away_breaks_the_session_and_lets_the_server_stop(
     tmp_path: Path,
 ) -> None:
-    with _backend(tmp_path) as backend, serving(tmp_path, f"vda={backend.uri}") as server:
+    with backend_over(tmp_path) as backend, serving(tmp_path, f"vda={backend.uri}") as server:
         control = Control(f"{server.unix}.control")
         control.call("PUT", "sessions/n", cbw_timeout=0.5)
         with connected(server.uri("vda")) as guest:
@@ -312,7 +222,7 @@ def test_a_remote_disk_that_stays_away_breaks_the_session_and_lets_the_server_st
 def test_an_error_of_a_remote_disk_is_the_guest_s_or_its_session_s(tmp_path: Path) -> None:
     errors = tmp_path / "errors"
     words = ("--filter=error", "error=EIO", "error-rate=100%", f"error-file={errors}")
-    with _backend(tmp_path, *words) as backend:
+    with backend_over(tmp_path, *words) as backend:
         content = backend.image.read_bytes()
         with serving(tmp_path, f"vda={backend.uri}") as server:
             control = Control(f"{server.unix}.control")
@@ -330,18 +240,18 @@ def test_an_error_of_a_remote_disk_is_the_guest_s_or_its_session_s(tmp_path: Pat
             control.call("DELETE", "sessions/n")
             guest = RememberingGuest(server.uri("vda"), content)
             with remembering(guest):
-                _is_backed_up(server, guest, tmp_path, "m")
+                is_backed_up(server, guest, tmp_path, "m")
 
 
 def test_a_remote_disk_of_blocks_takes_writes_of_any_length(tmp_path: Path) -> None:
     words = ("blocksize-minimum=4096", "blocksize-error-policy=error")
-    with _backend(tmp_path, "--filter=blocksize-policy", *words) as backend:
+    with backend_over(tmp_path, "--filter=blocksize-policy", *words) as backend:
         content = backend.image.read_bytes()
         with serving(tmp_path, f"vda={backend.uri}") as server:
             guest = RememberingGuest(server.uri("vda"), content)
             with remembering(guest):
-                _is_backed_up(server, guest, tmp_path, "n")
-            now = _read(server.uri("vda"))
+                is_backed_up(server, guest, tmp_path, "n")
+            now = read_all(server.uri("vda"))
         assert backend.image.read_bytes() == now
 
 
@@ -363,7 +273,7 @@ def test_what_can_be_no_disk_is_told_why(tmp_path: Path, words: tuple[str, ...],
         (_line,) = result.stderr.splitlines()
         if words == ("-r",):
             with serving(tmp_path, f"vda={backend.uri}", "-r") as server:
-                assert _read(server.uri("vda")) == backend.image.read_bytes()
+                assert read_all(server.uri("vda")) == backend.image.read_bytes()
     finally:
         if words == ("-r",):
             backend.kill()
@@ -372,18 +282,18 @@ def test_what_can_be_no_disk_is_told_why(tmp_path: Path, words: tuple[str, ...],
 def test_disks_of_every_kind_can_be_added_to_a_server_and_removed(tmp_path: Path) -> None:
     path, content = _qcow2(tmp_path)
     with (
-        _backend(tmp_path) as backend,
+        backend_over(tmp_path) as backend,
         serving(tmp_path, make_disk(tmp_path / "a.raw", MIB)) as server,
     ):
         control = ("--control", f"{server.unix}.control")
         run(FLEECENBD, "disk", "add", f"q=qcow2:{path}", *control)
         run(FLEECENBD, "disk", "add", f"r={backend.uri}", *control)
-        assert _read(server.uri("q")) == content
-        assert _read(server.uri("r")) == backend.image.read_bytes()
+        assert read_all(server.uri("q")) == content
+        assert read_all(server.uri("r")) == backend.image.read_bytes()
         again = try_run(FLEECENBD, "disk", "add", f"r2={backend.uri}", *control)
         assert again.returncode == 1
         assert "r and r2 are the same image" in again.stderr
-        (child,) = _children(server)
+        (child,) = children_of(server)
         run(FLEECENBD, "disk", "remove", "q", *control)
-        _wait_for_end(child)
+        wait_for_end(child)
         run(FLEECENBD, "disk", "remove", "r", *control)

@@ -23,6 +23,7 @@ from fleecenbd.server.control_socket import ControlSocket
 from fleecenbd.server.hooks import Hooks
 from fleecenbd.server.jobs import PROGRAM, Jobs
 from fleecenbd.server.sessions import Sessions
+from fleecenbd.server.temp_place import OWN_FILES, TempPlace
 from fleecenbd.storage.device import Device
 from tests.server.room import Room, pattern, room
 from tests.simulation.gated import GatedDevice
@@ -33,8 +34,9 @@ class RoomPlaces:
 
     def __init__(self, served: Room) -> None:
         self._served = served
+        self.temp = OWN_FILES
 
-    def make_temp(self, session: str) -> MakeTemp:
+    def make_temp(self, session: str, place: TempPlace) -> MakeTemp:
         async def make(disk: Disk, cluster_size: int, session_id: str) -> Device:
             key = f"{disk.name}@{session}"
             size = -(-disk.size // cluster_size) * cluster_size

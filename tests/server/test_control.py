@@ -53,7 +53,12 @@ async def test_a_session_is_begun_read_and_finished_while_a_guest_writes() -> No
         assert fleece["accessible"] == SIZE - CLUSTER
         assert fleece["released"] == CLUSTER
         assert fleece["copied"] == CLUSTER
-        assert fleece["temp"] == {"now": CLUSTER, "peak": CLUSTER, "limit": None}
+        assert fleece["temp"] == {
+            "image": "vda@n",
+            "now": CLUSTER,
+            "peak": CLUSTER,
+            "limit": None,
+        }
         assert fleece["copies"] == {"in_flight": 0, "done": 1, "cancelled": 0, "failed": 0}
         assert len(fleece["clients"]) == 1
         finished = await control.delete("sessions/n")
@@ -329,7 +334,7 @@ async def test_a_result_that_is_none_finishes_nothing(query: str) -> None:
 async def test_a_temp_image_without_space_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     async with controlled() as control:
 
-        def full(session: str) -> Any:
+        def full(session: str, place: object) -> Any:
             raise OSError(errno.ENOSPC, "No space left on device", "/state")
 
         monkeypatch.setattr(control.sessions._places, "make_temp", full)

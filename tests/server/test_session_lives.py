@@ -14,6 +14,7 @@ from fleecenbd.server import events as events_module
 from fleecenbd.server.asks import Ask
 from fleecenbd.server.events import EVENTS_LOST, HOOK_FAILED, SESSION_FINISHED, Events
 from fleecenbd.server.hooks import Hooks
+from fleecenbd.server.temp_place import TempPlace
 from fleecenbd.storage.device import Device
 from tests.nbd import wire
 from tests.server.controlled import Control, RoomPlaces, controlled
@@ -110,8 +111,8 @@ async def test_nobody_is_frozen_while_temp_images_are_made(
     async with controlled(Hooks(_noting(log), _noting(log))) as control:
         make_temp = RoomPlaces.make_temp
 
-        def slow(places: RoomPlaces, session: str) -> MakeTemp:
-            make = make_temp(places, session)
+        def slow(places: RoomPlaces, session: str, place: TempPlace) -> MakeTemp:
+            make = make_temp(places, session, place)
 
             async def made(disk: Disk, cluster_size: int, session_id: str) -> Device:
                 asked.set()
@@ -149,7 +150,6 @@ async def test_a_guest_is_thawed_before_what_a_failed_arming_leaves_is_cleaned_u
 
     async with controlled(Hooks(_noting(log), _noting(log))) as control:
         store: Any = Store()
-        store.make_temp = RoomPlaces(control.served).make_temp("n")
         monkeypatch.setattr(control.served.server, "store", store)
         begin = asyncio.ensure_future(control.refused("PUT", "sessions/n"))
         async with asyncio.timeout(10):

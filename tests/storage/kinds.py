@@ -22,9 +22,12 @@ from fleecenbd.storage.direct import DirectDevice
 from fleecenbd.storage.file import FileDevice
 from fleecenbd.storage.filesystem import Medium
 from fleecenbd.storage.memory import MemoryDevice
+from fleecenbd.storage.nbd_client import NbdClient
 from fleecenbd.storage.qemu import open_qcow2
-from fleecenbd.storage.remote import open_remote
+from fleecenbd.storage.remote import ALLOCATION, open_remote
 from fleecenbd.storage.temp import TempImage
+from fleecenbd.storage.temp_qcow2 import make_temp_qcow2
+from fleecenbd.storage.temp_remote import TempExport
 
 SIZE = (1 << 20) + 512
 """Bytes: a whole number of sectors, but of nothing larger."""
@@ -181,13 +184,47 @@ def qcow2(directory: Path) -> Iterator[Open]:
     yield lambda: open_qcow2(str(path))
 
 
+@contextmanager
+def temp_preallocated(directory: Path) -> Iterator[Open]:
+    yield lambda: TempImage.create(directory, "temp", SIZE, preallocate=True)
+
+
+@contextmanager
+def temp_qcow2(directory: Path) -> Iterator[Open]:
+    """Over a disk that is read only by who opens the chain."""
+
+    def make() -> Coroutine[Any, Any, Device]:
+        path = directory / "temp.qcow2"
+        path.write_bytes(b"")
+        backing = (str(_image(directory)), "raw")
+        return make_temp_qcow2(str(path), SIZE, cluster_size=512, backing=backing)
+
+    yield make
+
+
+@contextmanager
+def temp_export(directory: Path) -> Iterator[Open]:
+    """Behind nbdkit, which takes whole blocks of 512 bytes only."""
+    path = directory / "temp.raw"
+    with path.open("wb") as file:
+        file.truncate(4 * SIZE)
+    with nbdkit(directory, "--filter=blocksize-policy", "file", path, *BLOCKS) as uri:
+
+        async def make() -> Device:
+            client = await NbdClient.open(uri, contexts=(ALLOCATION,), retries=0)
+            # Else its size is that of whole pages.
+            return TempExport(client, uri, size=SIZE, hole_size=512)
+
+        yield make
+
+
 HAS_LOOP_DEVICES = os.geteuid() == 0 and (
     "CI" in os.environ or os.access("/dev/loop-control", os.W_OK)
 )
 
 KINDS = [
     *(memory, memory_later, file, file_in_pool, file_in_memory, direct, direct_in_pages),
-    *(temp, temp_in_memory),
+    *(temp, temp_in_memory, temp_preallocated, temp_qcow2, temp_export),
     *(remote, qcow2),
 ]
 if HAS_LOOP_DEVICES:

@@ -51,6 +51,31 @@ class BeginBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         Annotated[int, Meta(ge=CLUSTER_SIZE_MIN, le=CLUSTER_SIZE_MAX)] | None,
         Meta(description="a power of two; null: the smallest that keeps a bitmap small"),
     ] = None
+    temp: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=4096)] | UnsetType,
+        Meta(
+            description="what temp images are: raw, qcow2, or the NBD URI of an export, in which "
+            "{disk} and {session} stand for their names; left out: as the server has it"
+        ),
+    ] = UNSET
+    temp_dir: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=4096)] | UnsetType | None,
+        Meta(
+            description="absolute path of a folder for their files; left out: as the server has "
+            "it; null: the server's own"
+        ),
+    ] = UNSET
+    temp_prealloc: Annotated[
+        bool | UnsetType,
+        Meta(description="take all of a raw temp image's space now; left out: as the server does"),
+    ] = UNSET
+    temp_overwrite: Annotated[
+        bool | UnsetType,
+        Meta(
+            description="the export at the NBD URI may hold data, which goes; left out: as the "
+            "server has it"
+        ),
+    ] = UNSET
     read_once: Annotated[
         bool,
         Meta(

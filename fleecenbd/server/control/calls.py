@@ -31,7 +31,9 @@ from fleecenbd.server.control.errors import CallError, from_os_error
 from fleecenbd.server.hooks import Hooks
 from fleecenbd.server.jobs import Jobs
 from fleecenbd.server.names import bad_name, is_name
-from fleecenbd.server.sessions import Begun, Places, Sessions
+from fleecenbd.server.places import Places
+from fleecenbd.server.sessions import Begun, Sessions
+from fleecenbd.server.temp_place import TempPlace
 from fleecenbd.server.views import BitmapView, DiskView, SessionView, bitmap_view, own_view
 
 _IMAGE = re.compile(r"^(raw|qcow2):")
@@ -137,6 +139,7 @@ class Calls:
         hooks = self._hooks
         return Ask(
             bitmap=bitmap,
+            temp=self._temp(body),
             disks=None if body.disks is None else tuple(body.disks),
             options=options,
             owner=body.owner,
@@ -147,6 +150,23 @@ class Calls:
             thaw=(hooks.thaw if body.thaw_cmd is UNSET else body.thaw_cmd) or None,
             hook_timeout_s=(hooks.timeout_s if body.hook_timeout is UNSET else body.hook_timeout),
         )
+
+    def _temp(self, body: BeginBody) -> TempPlace:
+        """Where the temp images are to be: what is left out is as the server has it."""
+        known = self._places.temp
+        temp = known.temp if body.temp is UNSET else body.temp
+        # What the server has goes with its own kind only.
+        if temp != known.temp:
+            known = TempPlace(directory=None if "://" in temp else known.directory)
+        try:
+            return TempPlace(
+                temp,
+                known.directory if body.temp_dir is UNSET else body.temp_dir,
+                known.preallocated if body.temp_prealloc is UNSET else body.temp_prealloc,
+                known.overwrite if body.temp_overwrite is UNSET else body.temp_overwrite,
+            )
+        except ValueError as error:
+            raise CallError(422, f"the body is not as it should be: {error}") from None
 
     def _answer(self, begun: Begun) -> BeginAnswer:
         session = begun.session

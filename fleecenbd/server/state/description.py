@@ -72,11 +72,14 @@ class OwnEntry(msgspec.Struct, frozen=True):
 
 
 class TempEntry(msgspec.Struct, frozen=True):
-    """A temp image: its file's name, and its sizes in bytes."""
+    """A temp image: its file's name, and its sizes in bytes. ``kind``: raw, qcow2, or nbd (then
+    there is no file): only a raw one is good for another server."""
 
     file: str
     size: int
     hole_size: int
+    kind: str = "raw"
+    preallocated: bool = False
 
 
 class FleeceEntry(msgspec.Struct, frozen=True):

@@ -173,7 +173,7 @@ class StateDirectory:
             if entry.name in keep or entry.is_dir(follow_symlinks=False):
                 continue
             try:
-                os.unlink(entry.path)
+                self.unlink(entry.name)
                 swept.append(entry.name)
             except OSError as error:
                 logger.warning("%s is left over, and stays: %s", entry.path, error.strerror)
@@ -181,6 +181,20 @@ class StateDirectory:
             with suppress(OSError):
                 draft.unlink()
         return swept
+
+    def unlink(self, name: str) -> None:
+        """Remove one of ``files``, if it is there, and what it leads to elsewhere (temps.py).
+        Raises OSError."""
+        path = self.files / name
+        try:
+            elsewhere = path.readlink()
+        except OSError:
+            pass  # it is no link
+        else:
+            # Links are ours alone to make, and lead to nothing of another name.
+            if elsewhere.name == f"fleecenbd-{name}":
+                elsewhere.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
     def set_aside(self, name: str) -> Path:
         """Move a file, the description or one of ``files``, out of the way; its new path."""

@@ -102,6 +102,10 @@ class Files:
             if name in self._named():
                 self._released.add(name)
                 return
+        self.drop(name)
+
+    def drop(self, name: str) -> None:
+        """Remove a file, whoever names it. Run by any thread."""
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -131,8 +135,7 @@ class Files:
     def unlink(self, names: Iterable[str]) -> None:
         """Remove files; what stays is told, and swept at the next start. Blocks."""
         for name in names:
-            path = self.directory.files / name
             try:
-                path.unlink(missing_ok=True)
+                self.directory.unlink(name)
             except OSError as error:
-                logger.warning("%s stays until the next start: %s", path, error.strerror)
+                logger.warning("%s stays until the next start: %s", error.filename, error.strerror)

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from fleecenbd.server.state.description import Description, FleeceEntry, SessionEntry
 from fleecenbd.server.state.directory import StateDirectory
 from fleecenbd.server.state.names import DisksMissing
+from fleecenbd.server.state.temps import path_of
 from fleecenbd.server.state.trust import Evidence, Image, why_not
+from fleecenbd.server.temp_place import RAW
 from fleecenbd.storage.mapped import MappedFile
 from fleecenbd.storage.stamps import stamps_of
 from fleecenbd.storage.temp import TempImage
@@ -118,11 +120,17 @@ def _open_fleece(
     file = _map(directory, found, fleece.bits, identity)
     temp = fleece.temp
     if is_whole and found.distrust[fleece.disk] is None and file and file.broken is None:
+        if temp.kind != RAW:
+            found.faults[temp.file] = f"its temp image ({temp.kind}) went with its server"
+            return
         try:
             if temp.size < -(-image.size // fleece.cluster_size) * fleece.cluster_size:
                 raise OSError(errno.EINVAL, f"it has {temp.size} bytes only")
             found.temps[temp.file] = TempImage.reopen(
-                directory.files / temp.file, temp.size, temp.hole_size
+                path_of(directory, temp.file),
+                temp.size,
+                temp.hole_size,
+                holds_space=temp.preallocated,
             )
         except OSError as error:
             found.faults[temp.file] = f"its temp image cannot be used: {error.strerror}"

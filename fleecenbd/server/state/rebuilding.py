@@ -193,12 +193,12 @@ class Rebuilding:
             why = why or f"its bitmap {entry.own.name} is gone"
         temp = found.temps.get(entry.temp.file)
         if temp is not None and why is None:
-            self._store.adopt_temp(session.id, disk.name, temp, entry.temp.file)
+            self._store.temps.adopt(session.id, disk.name, temp, entry.temp.file)
         else:
             if temp is not None:
                 temp.close()
             temp = None
-            self._store.adopt_void(session.id, disk.name, entry)
+            self._store.temps.adopt_void(session.id, disk.name, entry)
         if why is not None and had_broken is None:
             self._tell_broken(session, disk.name, why)
         return FleeceRemains(disk, entry.cluster_size, bits, temp, why, own)

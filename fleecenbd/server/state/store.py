@@ -25,14 +25,13 @@ from fleecenbd.server.state.directory import StateDirectory
 from fleecenbd.server.state.disks import DiskFiles, take_back
 from fleecenbd.server.state.files import COMMIT_DEADLINE_S, Files
 from fleecenbd.server.state.names import Extra, Names, Unserved
+from fleecenbd.server.state.temps import Temps
 from fleecenbd.server.state.trust import Image
-from fleecenbd.storage.device import Device
 from fleecenbd.storage.mapped import MappedFile
 from fleecenbd.storage.pool import ThreadPool
-from fleecenbd.storage.temp import TempImage
 
 if TYPE_CHECKING:
-    from fleecenbd.server.state.description import Description, FleeceEntry
+    from fleecenbd.server.state.description import Description
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +62,7 @@ class FileStore:
         self._closing: set[asyncio.Task[None]] = set()
         self._makers = ThreadPool(str(directory.path), "bitmaps", size_max=2)
         self._files = Files(directory, found.files() if found is not None else set())
+        self.temps = Temps(directory, self.names, self._files, self._make, self._is_broken)
 
     # -- disks -----------------------------------------------------------------------------
 
@@ -95,18 +95,6 @@ class FileStore:
             logger.error("whether disk %s is served could not be written down: %s", name, error)
 
     # -- engine.store.Store ----------------------------------------------------------------
-
-    async def make_temp(self, disk: Disk, cluster_size: int, session_id: str) -> Device:
-        """An empty temp image (engine.session.MakeTemp). Raises OSError."""
-        name = f"temp-{random_uuid()}"
-        path = self.directory.files / name
-
-        def make() -> TempImage:
-            return TempImage.create_named(path, disk.size, cluster_size=cluster_size)
-
-        temp = await self._make(make, TempImage.close)
-        self.adopt_temp(session_id, disk.name, temp, name)
-        return temp
 
     async def make_fleece_bits(
         self, session_id: str, disk: str, size: int, cluster_size: int, granularity: int | None
@@ -162,21 +150,6 @@ class FileStore:
             raise
 
     # -- what was there before -------------------------------------------------------------
-
-    def adopt_temp(self, session_id: str, disk: str, temp: TempImage, name: str) -> None:
-        """The temp image of that fleece is this file."""
-        from fleecenbd.server.state.description import TempEntry
-
-        key = session_id, disk
-        self.names.temps[key] = TempEntry(name, temp.size, temp.hole_size)
-        temp.on_closed = partial(self._temp_closed, key, temp.name)
-
-    def adopt_void(self, session_id: str, disk: str, entry: FleeceEntry) -> None:
-        """That fleece is broken: what the description says of its files stays, they need not."""
-        key = session_id, disk
-        self.names.bits.setdefault(key, entry.bits)
-        self.names.temps[key] = entry.temp
-        self._files.remove([entry.temp.file])
 
     def adopt_fleece_bits(
         self, session_id: str, disk: str, file: MappedFile, name: str
@@ -340,12 +313,9 @@ class FileStore:
         self.names.bitmaps.pop(bitmap_id, None)
         self._files.release(path)
 
-    def _temp_closed(self, key: tuple[str, str], path: str) -> None:
+    def _is_broken(self, key: tuple[str, str]) -> bool:
         bits = self._fleeces.get(key)
-        if bits is not None and bits.is_broken:
-            self._files.unlink([path.rpartition("/")[2]])
-        else:
-            self._files.release(path)
+        return bits is not None and bits.is_broken
 
     async def _attach(self, name: str) -> None:
         """Give the disk's stamps a file, if it has none. Raises OSError."""
@@ -376,8 +346,15 @@ class FileStore:
 
         return await self._make(partial(MappedFile.create, path, identity, areas), drop)
 
-    async def _make(self, make: Callable[[], Result], drop: Callable[[Result], Any]) -> Result:
-        """Make a file in a thread; one that nobody waits for any more is dropped."""
+    async def _make(
+        self,
+        make: Callable[[], Result],
+        drop: Callable[[Result], Any],
+        *,
+        option: str = "--state-dir",
+    ) -> Result:
+        """Make a file in a thread; one that nobody waits for any more is dropped. ``option``: says
+        where else it could be."""
         making = self._makers.run(make)
         try:
             return await asyncio.shield(making)
@@ -386,7 +363,7 @@ class FileStore:
             raise
         except OSError as error:
             known = error.filename if error.filename is not None else str(self.directory.files)
-            cause = f"{error.strerror}; give another folder with --state-dir"
+            cause = f"{error.strerror}; give another folder with {option}"
             raise OSError(error.errno, cause, known) from error
 
 

@@ -63,7 +63,9 @@ class Writer:
     def begin(self, name: str, *disks: str) -> asyncio.Task[Session]:
         bitmap = BitmapRequest("chain")
         return asyncio.ensure_future(
-            self.server.begin(name, disks, SessionOptions(), _no_temp, bitmap=bitmap)
+            self.server.begin(
+                name, disks, SessionOptions(), self.store.temps.maker(name), bitmap=bitmap
+            )
         )
 
     def described(self) -> dict[str, Any]:
@@ -77,10 +79,6 @@ class Writer:
                 for bitmap in found.bitmaps
             },
         }
-
-
-async def _no_temp(*_: object) -> Any:
-    raise AssertionError("the store makes temp images")
 
 
 @asynccontextmanager
@@ -143,7 +141,7 @@ async def test_a_session_that_was_described_too_late_is_in_no_description_after(
                 "late",
                 [state.server.disk("vda")],
                 SessionOptions(),
-                state.store.make_temp,
+                state.store.temps.maker("late"),
                 clock=lambda: 1.0,
                 bitmap=BitmapRequest("chain"),
                 store=state.store,

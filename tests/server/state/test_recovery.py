@@ -25,13 +25,6 @@ SIZE = 1 << 20
 OLD = b"old!" * (SIZE // 4)
 
 
-async def _no_temp(*_: object) -> object:
-    raise AssertionError("the store makes temp images")
-
-
-NO_TEMP: MakeTemp = _no_temp  # type: ignore[assignment]
-
-
 class Place:
     """A folder with images and state, and one server after the other in it."""
 
@@ -85,9 +78,16 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
+def _temps(server: Server, session: str) -> MakeTemp:
+    assert server.store is not None
+    return server.store.temps.maker(session)
+
+
 async def _begin(server: Server, name: str = "s1", mode: str = "new") -> None:
     request = BitmapRequest("chain", mode, 65536)
-    await server.begin(name, None, SessionOptions(), NO_TEMP, bitmap=request, owner="job")
+    await server.begin(
+        name, None, SessionOptions(), _temps(server, name), bitmap=request, owner="job"
+    )
 
 
 async def _read(server: Server, offset: int, length: int, name: str = "s1") -> bytes:
@@ -336,7 +336,7 @@ async def test_a_disk_that_is_forgotten_breaks_its_session_and_keeps_its_bitmap(
     server = await place.start()
     await _begin(server, "full")
     server.finish("full")
-    await server.begin("s1", None, SessionOptions(), NO_TEMP)
+    await server.begin("s1", None, SessionOptions(), _temps(server, "s1"))
     await server.disks["vdb"].write(0, b"x")
     await server.stop()
     place.names = ["vda"]

@@ -1,0 +1,151 @@
+"""TempRemote: a temp image that another process keeps, and TempExport: one at any NBD server.
+
+What is trimmed must read as zeroes, and be free. NBD's TRIM promises neither, so a trim is a
+WRITE_ZEROES that may punch holes: where that frees nothing, the server cannot.
+
+A connection that is lost is not made anew. Whoever answers then may have lost what had been written
+and not flushed, or all of it, and a backup would be handed that. Nobody can tell, so the image is
+lost: its session breaks at once (``on_lost``), whatever its policy is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from fleecenbd.storage.device import EXTENT_ZERO
+from fleecenbd.storage.nbd_client import NbdClient
+from fleecenbd.storage.nbd_errors import NbdLost
+from fleecenbd.storage.remote import ALLOCATION, CLOSE_S, CONNECTIONS_MAX, RemoteDevice
+
+logger = logging.getLogger(__name__)
+
+HOLE_SIZE_MIN = 4096
+HOLE_SIZE_MAX = 2 << 20
+WIPE_S = 60.0
+"""Seconds that the end of a session leaves to freeing an export's space."""
+
+
+class TempRemote(RemoteDevice):
+    """A temp image at the other end of connections that are made once."""
+
+    def __init__(self, client: NbdClient, name: str, *, size: int, **facts: Any) -> None:
+        """``size``: bytes that are used of what is there."""
+        super().__init__(client, name, **facts)
+        self.size = size
+        self.on_lost: Callable[[str], None] | None = None
+        self.is_lost = False
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Free the range's space; it then reads as zeroes. Raises OSError where that fails."""
+        await self.zero(offset, length)
+
+    def _failed(self, error: OSError) -> None:
+        if isinstance(error, NbdLost):
+            self.lose(error.strerror or str(error))
+
+    def lose(self, why: str) -> None:
+        """Nothing that it held can be trusted any more."""
+        if self._is_closed or self.is_lost:
+            return
+        self.is_lost = True
+        if self.on_lost is not None:
+            self.on_lost(why)
+
+
+class TempExport(TempRemote):
+    """An export of an NBD server, with its offsets; empty at the start and at the end."""
+
+    def __init__(self, client: NbdClient, name: str, *, size: int, hole_size: int) -> None:
+        super().__init__(client, name, size=size, hole_size=hole_size)
+        self.on_closed: Callable[[], None] | None = None
+        """Called once the connections are closed."""
+
+    async def wipe(self) -> None:
+        """Free all of its space. Raises OSError."""
+        for offset, length in await self._held():
+            await self._client.zero(offset, length)
+
+    async def check_empty(self) -> None:
+        """Raises OSError(EEXIST) where it may hold data."""
+        if await self._held():
+            raise OSError(
+                errno.EEXIST,
+                "it holds data, which a temp image would write over; if that can go, say so with "
+                "--temp-overwrite",
+                self.name,
+            )
+
+    async def _held(self) -> list[tuple[int, int]]:
+        """(offset, length) of what may be no zeroes."""
+        if ALLOCATION not in self._client.facts.contexts:
+            return [(0, self.size)]
+        held = []
+        offset = 0
+        for length, flags in await self._client.block_status(ALLOCATION, 0, self.size):
+            if not flags & EXTENT_ZERO:
+                held.append((offset, length))
+            offset += length
+        return held
+
+    async def _hang_up(self) -> None:
+        if self._calls and self._client.is_connected:
+            await asyncio.wait(self._calls, timeout=CLOSE_S)
+        if self._client.is_connected and not self.is_lost:
+            await self._wipe_at_end()
+        await super()._hang_up()
+        if self.on_closed is not None:
+            self.on_closed()
+
+    async def _wipe_at_end(self) -> None:
+        try:
+            async with asyncio.timeout(WIPE_S):
+                await self.wipe()
+        except (OSError, TimeoutError) as error:
+            logger.warning(
+                "%s: what the temp image held could not be freed: %s",
+                self.name,
+                getattr(error, "strerror", None) or f"it takes more than {WIPE_S:g} s",
+            )
+
+
+async def open_temp_export(
+    uri: str, size: int, *, cluster_size: int, overwrite: bool = False
+) -> TempExport:
+    """Connect to an export that is to hold a temp image of ``size`` bytes, and empty it.
+
+    ``cluster_size``: as ``TempImage.create`` has it. ``overwrite``: it may hold data, which goes.
+    Raises OSError: ENOSPC where the export is too small, EEXIST where it holds data.
+    """
+    client = await NbdClient.open(
+        uri, contexts=(ALLOCATION,), connections=CONNECTIONS_MAX, retries=0
+    )
+    try:
+        facts = client.facts
+        preferred = min(facts.block_size_preferred, HOLE_SIZE_MAX)
+        # Servers count what they free in these, as far as one can know; a power of two.
+        hole_size = max(HOLE_SIZE_MIN, facts.block_size_min, 1 << preferred.bit_length() >> 1)
+        unit = max(cluster_size, hole_size)
+        needed = -(-size // unit) * unit
+        if facts.is_read_only:
+            raise OSError(errno.EROFS, "it can only be read", uri)
+        if not facts.can_zero:
+            raise OSError(
+                errno.EINVAL, "its server offers no WRITE_ZEROES, so that no space is freed", uri
+            )
+        if client.size < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"it has {client.size} bytes, and a temp image of this disk needs {needed}",
+                uri,
+            )
+        export = TempExport(client, uri, size=needed, hole_size=hole_size)
+        await (export.wipe() if overwrite else export.check_empty())
+    except BaseException:
+        client.close()
+        await client.wait_closed()
+        raise
+    return export
