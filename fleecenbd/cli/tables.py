@@ -181,6 +181,7 @@ def _fleece_facts(disk: Mapping[str, Any]) -> Table:
         ("released", size(disk["released"])),
         ("copied", size(disk["copied"])),
         ("temp", f"{size(temp['now'])}, peak {size(temp['peak'])}, limit {size(temp['limit'])}"),
+        ("temp image", temp["image"]),
         ("copies", ", ".join(f"{copies[key]} {key.replace('_', ' ')}" for key in copies)),
         (
             "guest waits",

@@ -294,3 +294,45 @@ async def test_a_failing_trim_is_an_error(directory: Path, monkeypatch: pytest.M
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing"):
         TempImage.create(tmp_path / "missing", "vda@nightly", SIZE)
+
+
+# -- space taken in advance ------------------------------------------------------------------------
+
+
+async def test_a_preallocated_image_holds_all_of_its_space_until_it_is_trimmed(
+    directory: Path,
+) -> None:
+    path = directory / "temp"
+    temp = TempImage.create_named(path, 1 << 24, preallocate=True)
+    hole = temp.hole_size
+    assert temp.holds_space
+    assert temp.used_bytes() >= 1 << 24
+    before = temp.used_bytes()
+    await temp.pwrite(0, b"\xff" * 64 * hole)
+    assert temp.used_bytes() == before
+    await temp.trim(hole, 1 << 23)
+    assert temp.used_bytes() == before - (1 << 23)
+    assert await temp.pread(0, 2 * hole) == b"\xff" * hole + bytes(hole)
+    temp.close()
+    await temp.wait_closed()
+    again = TempImage.reopen(path, 1 << 24, hole, holds_space=True)
+    assert again.holds_space
+    assert again.used_bytes() == before - (1 << 23), "nothing is allocated again"
+    again.close()
+
+
+def test_a_preallocated_image_that_finds_no_room_leaves_nothing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fallocate = system_calls.fallocate
+
+    def full(descriptor: int, mode: int, offset: int, length: int, name: str) -> None:
+        if mode == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        fallocate(descriptor, mode, offset, length, name)
+
+    monkeypatch.setattr(system_calls, "fallocate", full)
+    with pytest.raises(OSError, match="no room to preallocate 16777216 bytes") as refused:
+        TempImage.create_named(directory / "temp", 1 << 24, preallocate=True)
+    assert refused.value.errno == errno.ENOSPC
+    assert list(directory.iterdir()) == []
