@@ -78,7 +78,10 @@ def disk_table(disks: Iterable[Mapping[str, Any]], *, brief: bool = False) -> Ta
     for disk in disks:
         clients = str(len(disk["clients"])) if brief else ", ".join(disk["clients"]) or "-"
         sessions = ", ".join(disk["sessions"]) or "-"
-        row = (disk["name"], size(disk["size"]), clients, sessions, str(disk["guest_writes"]))
+        length = size(disk["size"])
+        if disk["image_size"] != disk["size"]:
+            length += f", image {size(disk['image_size'])}"
+        row = (disk["name"], length, clients, sessions, str(disk["guest_writes"]))
         table.add_row(*map(Text, row if brief else (*row, disk["image"])))
     return table
 

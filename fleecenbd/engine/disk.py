@@ -27,7 +27,7 @@ from fleecenbd.engine.recording import RecordingBitmap, check_removable, clear
 from fleecenbd.engine.reqlist import Waiters
 from fleecenbd.engine.shared_read import ReadNow, SharedReads
 from fleecenbd.engine.store import Stamps
-from fleecenbd.storage.device import Buffer, Data, Device, Extent
+from fleecenbd.storage.device import Buffer, Data, Device, Extent, Resizable
 
 WRITE_NOW_LENGTH_MAX = 1 << 20
 """Bytes. A longer write would keep the loop from everybody else: it goes to the pool."""
@@ -47,6 +47,8 @@ class Disk:
         space."""
         self.device = device
         self.size = device.size
+        self.image_size = device.size
+        """Bytes that the image has now, as far as is known: others can change that."""
         self.fleeces: list[Fleece] = []
         self.active_writes = 0
         """Guest requests that are changing the active image now."""
@@ -226,6 +228,34 @@ class Disk:
             ranges = free
         return [part for part in ranges if part[1] >= TRIM_PART_MIN or part[1] == length]
 
+    # -- an image that changes its size ----------------------------------------------------
+
+    def resized(self, size: int) -> list[RecordingBitmap]:
+        """Its image has so many bytes now. Where these are not the disk's, there is no point in
+        time any more: all sessions break, and bitmaps are lost; those that were not before.
+        """
+        self.image_size = size
+        if isinstance(self.device, Resizable):
+            self.device.limit(size if size < self.size else None)
+        if size == self.size:
+            return []
+        why = f"the image of {self.name} changed its size from {self.size} to {size} bytes"
+        for fleece in list(self.fleeces):
+            fleece.state.break_session(why)
+        lost = [bitmap for bitmap in self.bitmaps.values() if bitmap.lost is None]
+        for bitmap in lost:
+            bitmap.lost = why
+        return lost
+
+    def check_size(self) -> None:
+        """Raises OSError(EINVAL) while the image has another size than the disk."""
+        if self.image_size != self.size:
+            raise OSError(
+                errno.EINVAL,
+                f"the image of {self.name} has {self.image_size} bytes now, and {self.size} when "
+                "it was opened; add the disk anew, or start the server again",
+            )
+
     # -- recording -------------------------------------------------------------------------
 
     def add_bitmap(self, bitmap: RecordingBitmap) -> None:
@@ -236,6 +266,7 @@ class Disk:
         name = bitmap.name
         if name in self.bitmaps or name in self.bitmaps_begun:
             raise OSError(errno.EEXIST, f"{self.name} has a bitmap called {name} already")
+        self.check_size()
         if bitmap.size != self.size:
             raise OSError(
                 errno.EINVAL,

@@ -186,6 +186,8 @@ async def arm(
     """
     if session_id is None:
         session_id = random_uuid()
+    for disk in disks:
+        disk.check_size()
     claims: list[BitmapClaim | None] = []
     fleeces: list[Fleece] = []
     described: Session | None = None

@@ -20,6 +20,7 @@ CLIENT_CAME = "client-came"
 CLIENT_WENT = "client-went"
 DISK_ADDED = "disk-added"
 DISK_REMOVED = "disk-removed"
+DISK_RESIZED = "disk-resized"
 TEMP_LOW = "temp-low"
 TEMP_FULL = "temp-full"
 HOOK_FAILED = "hook-failed"
@@ -38,6 +39,7 @@ KINDS = (
     CLIENT_WENT,
     DISK_ADDED,
     DISK_REMOVED,
+    DISK_RESIZED,
     TEMP_LOW,
     TEMP_FULL,
     HOOK_FAILED,

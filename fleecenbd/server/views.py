@@ -74,6 +74,8 @@ class DiskView:
     name: str
     image: str
     size: int
+    image_size: int
+    """Bytes that the image has now; other than ``size``, its sessions broke."""
     read_only: bool
     uris: list[str]
     clients: list[str]
@@ -240,6 +242,7 @@ def disk_view(server: Server, disk: Disk, uris: Uris) -> DiskView:
         name=disk.name,
         image=disk.device.name,
         size=disk.size,
+        image_size=disk.image_size,
         read_only=server.read_only,
         uris=list(uris(disk.name)),
         clients=[client.peer for client in server.clients_of(disk.name)],

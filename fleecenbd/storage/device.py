@@ -115,6 +115,17 @@ class Cloning(Protocol):
 
 
 @runtime_checkable
+class Resizable(Protocol):
+    """What an active image may have besides: a size that others can change."""
+
+    async def present_size(self) -> int:
+        """Bytes that it has now; ``Device.size`` is what it had when it was opened."""
+
+    def limit(self, end: int | None) -> None:
+        """From now on changes beyond ``end`` fail with EIO; None: none does. Cannot block."""
+
+
+@runtime_checkable
 class HoldingSpace(Protocol):
     """What a temp image may have besides: space that was taken in advance."""
 

@@ -131,7 +131,7 @@ class DirectDevice(FileDevice):
 
     async def pwrite(self, offset: int, data: Data) -> None:
         """Write in the pool."""
-        self._check_writable()
+        self._check_writable(offset + len(data))
         await self._pool.run(self._alone, self._write_all, offset, len(data), data)
 
     def _alone(
@@ -204,7 +204,7 @@ class DirectDevice(FileDevice):
         self, offset: int, length: int, *, may_trim: bool = True, fast: bool = False
     ) -> None:
         """As of any file: whole blocks without writing them where that can be."""
-        self._check_writable()
+        self._check_writable(offset + length)
         await self._pool.run(
             self._changed, self._alone, self._space.zero, offset, length, may_trim, fast
         )

@@ -29,6 +29,11 @@ def shrank_error(name: str, offset: int) -> OSError:
     )
 
 
+def past_end_error(name: str, end: int) -> OSError:
+    """A change beyond what the image has become."""
+    return OSError(errno.EIO, f"the image shrank while it was open, and ends at {end} now", name)
+
+
 def read_only_error(name: str) -> OSError:
     """A write to a device that was opened for reading only."""
     return OSError(errno.EPERM, "the device was opened read-only", name)

@@ -48,6 +48,7 @@ from fleecenbd.storage.holes import Holes
 from fleecenbd.storage.locks import LockMode, lock_image
 from fleecenbd.storage.opening import open_image
 from fleecenbd.storage.pool import SIZE_MAX, ThreadPool
+from fleecenbd.storage.resized import Resized
 from fleecenbd.storage.space import Space
 from fleecenbd.storage.sync import Sync
 
@@ -81,7 +82,7 @@ _RUSAGE_THREAD = resource.RUSAGE_THREAD
 Result = TypeVar("Result")
 
 
-class FileDevice:
+class FileDevice(Resized):
     """A raw image: a regular file or a block device."""
 
     _open_flags = 0
@@ -254,7 +255,7 @@ class FileDevice:
 
     async def pwrite(self, offset: int, data: Data) -> None:
         """Write in the pool."""
-        self._check_writable()
+        self._check_writable(offset + len(data))
         await self._pool.run(self._write_measured, self._descriptor, offset, data)
 
     def _write_rest(self, offset: int, data: Data, written: int) -> None:
@@ -296,7 +297,7 @@ class FileDevice:
         self, offset: int, length: int, *, may_trim: bool = True, fast: bool = False
     ) -> None:
         """Punch or zero the range, else write zeroes in pieces; ``fast``: else ENOTSUP."""
-        self._check_writable()
+        self._check_writable(offset + length)
         await self._pool.run(self._changed, self._space.zero, offset, length, may_trim, fast)
 
     async def trim(self, offset: int, length: int) -> None:
@@ -387,6 +388,7 @@ class FileDevice:
         """Return when the last call has ended and the descriptor is closed."""
         await self._pool.wait_closed()
 
-    def _check_writable(self) -> None:
+    def _check_writable(self, end: int = 0) -> None:
         if self.read_only:
             raise read_only_error(self.name)
+        self._check_end(end)

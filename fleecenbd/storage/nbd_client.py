@@ -88,6 +88,11 @@ class NbdClient:
         return self.facts.size
 
     @property
+    def size_offered(self) -> int:
+        """Bytes of what answered last; other than ``size``, it is asked for nothing."""
+        return self._connections.size_offered
+
+    @property
     def connections(self) -> int:
         """How many there are, or are being made anew."""
         return self._connections.wanted

@@ -59,6 +59,8 @@ class NbdConnections:
         with."""
         self.facts: NbdFacts
         """What was agreed on with the first connection."""
+        self.size_offered = 0
+        """Bytes of what the last connection that was made leads to."""
         self.generation = 0
         """Connections lost so far."""
         self.wanted = 1
@@ -118,6 +120,7 @@ class NbdConnections:
         self._dispatch()
 
     def _check(self, facts: NbdFacts) -> None:
+        self.size_offered = facts.size
         if facts.size != self.facts.size:
             raise NbdLost(
                 errno.ESTALE,

@@ -79,6 +79,15 @@ class RemoteDevice:
         """Connections that had been lost then."""
         self._closing: asyncio.Task[None] | None = None
 
+    # -- its size ------------------------------------------------------------------------------
+
+    async def present_size(self) -> int:
+        """What the last connection that was tried led to; see ``limit``."""
+        return self._client.size_offered
+
+    def limit(self, end: int | None) -> None:
+        """Nothing to do: what has another size may be another disk, and is asked for nothing."""
+
     # -- now: nothing is ----------------------------------------------------------------------
 
     def pread_now(self, offset: int, length: int) -> Buffer | None:
