@@ -32,7 +32,13 @@ from fleecenbd.cli.pull_commands import (
     speed_and_safety,
 )
 from fleecenbd.cli.temp_choice import temp_fields
-from fleecenbd.cli.temp_options import Temp, TempDir, TempOverwrite, TempPrealloc
+from fleecenbd.cli.temp_options import (
+    Temp,
+    TempDir,
+    TempOverwrite,
+    TempPrealloc,
+    TempReserve,
+)
 
 if TYPE_CHECKING:
     from fleecenbd.cli.backup_places import Places
@@ -208,6 +214,7 @@ def backup(
     on_cbw_error: OnCbwError = None,
     cbw_timeout: CbwTimeout = None,
     temp_limit: TempLimit = None,
+    temp_reserve: TempReserve = None,
     cluster_size: ClusterSize = None,
     temp: Temp = None,
     temp_dir: TempDir = None,
@@ -269,6 +276,7 @@ def backup(
             on_cbw_error=on_cbw_error,
             cbw_timeout=cbw_timeout,
             temp_limit=temp_limit,
+            temp_reserve=temp_reserve,
             cluster_size=cluster_size,
             temp=temp_fields(temp, temp_dir, preallocated=temp_prealloc, overwrite=temp_overwrite),
             ttl=ttl,

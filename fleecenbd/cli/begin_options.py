@@ -10,14 +10,16 @@ import typer
 
 from fleecenbd.cli import values
 from fleecenbd.cli.options import choose_session_options
+from fleecenbd.engine.state import POLICIES
 
 OnCbwError = Annotated[
     str | None,
     typer.Option(
-        metavar="break-snapshot|break-guest-write",
+        metavar="|".join(POLICIES),
         show_default=False,
-        help="When old data cannot be kept: give up the session, or fail the guest's write. "
-        "Default: break-snapshot.",
+        help="When old data cannot be kept: give up the session, or fail the guest's write; "
+        "throttle gives up the session, too, but delays writes that copy before, as the temp "
+        "image fills up. Default: break-snapshot.",
     ),
 ]
 CbwTimeout = Annotated[
@@ -51,6 +53,7 @@ def begin_body(
     on_cbw_error: str | None,
     cbw_timeout: str | None,
     temp_limit: str | None,
+    temp_reserve: str | None,
     cluster_size: str | None,
     ttl: str | None,
     idle_ttl: str | None,
@@ -64,6 +67,7 @@ def begin_body(
     UsageError."""
     options = choose_session_options(
         temp_limit=temp_limit,
+        temp_reserve=temp_reserve,
         cluster_size=cluster_size,
         on_cbw_error=on_cbw_error,
         cbw_timeout=cbw_timeout,
@@ -72,6 +76,7 @@ def begin_body(
         "on_cbw_error": options.on_cbw_error,
         "cbw_timeout": options.cbw_timeout_s,
         "temp_limit": options.temp_limit,
+        "temp_reserve": options.temp_reserve,
         "cluster_size": options.cluster_size,
         "read_once": read_once,
         **temp,

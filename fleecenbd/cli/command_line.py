@@ -30,12 +30,26 @@ from fleecenbd.cli.control_options import (
 from fleecenbd.cli.endpoints import DEFAULT_PORT
 from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.serve import serve
-from fleecenbd.cli.serve_options import DISKS, CacheMode, DefaultExport, Discard
-from fleecenbd.cli.temp_options import Temp, TempDir, TempOverwrite, TempPrealloc
+from fleecenbd.cli.serve_options import (
+    DISKS,
+    SESSION,
+    CacheMode,
+    DefaultExport,
+    Discard,
+    FirstClusterSize,
+    FirstTempLimit,
+)
+from fleecenbd.cli.temp_options import (
+    Temp,
+    TempDir,
+    TempOverwrite,
+    TempPrealloc,
+    TempReserve,
+)
 from fleecenbd.cli.usage import usage_text
 from fleecenbd.cli.words import ServeWords
 from fleecenbd.engine.session import SessionOptions
-from fleecenbd.engine.state import BREAK_GUEST_WRITE, BREAK_SNAPSHOT
+from fleecenbd.engine.state import BREAK_GUEST_WRITE, BREAK_SNAPSHOT, THROTTLE
 
 app = typer.Typer(
     name="fleecenbd",
@@ -50,7 +64,6 @@ app = typer.Typer(
 _USAGE_ERROR = cast(type[Exception], typer.BadParameter.__mro__[1])
 
 SOCKETS = "Where clients connect"
-SESSION = "A session from the start"
 PROCESS = "The process"
 
 HELP = """
@@ -91,6 +104,7 @@ class OnCbwError(StrEnum):
 
     break_snapshot = BREAK_SNAPSHOT
     break_guest_write = BREAK_GUEST_WRITE
+    throttle = THROTTLE
 
 
 def _version(wanted: bool) -> None:
@@ -225,30 +239,15 @@ def _serve(
             "fleecenbd in $XDG_STATE_HOME or ~/.local/state; below /var/lib/fleecenbd for root.",
         ),
     ] = None,
-    temp_limit: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            rich_help_panel=SESSION,
-            show_default=False,
-            help="Most that one disk's temp image may hold. Default: no limit.",
-        ),
-    ] = None,
-    cluster_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            rich_help_panel=SESSION,
-            show_default=False,
-            help="Unit of copying, a power of two. Default: 4k, more for disks past 256 GiB.",
-        ),
-    ] = None,
+    temp_limit: FirstTempLimit = None,
+    cluster_size: FirstClusterSize = None,
     on_cbw_error: Annotated[
         OnCbwError | None,
         typer.Option(
             rich_help_panel=SESSION,
             show_default=False,
-            help="When old data cannot be kept: give up the session, or fail the guest's write. "
+            help="When old data cannot be kept: give up the session, or fail the guest's write; "
+            "throttle gives it up, too, but delays writes that copy before, as space runs out. "
             f"Default: {BREAK_SNAPSHOT}.",
         ),
     ] = None,
@@ -272,6 +271,7 @@ def _serve(
     end_sessions: EndSessions = False,
     trust_offline: TrustOffline = None,
     forget_missing: ForgetMissing = False,
+    temp_reserve: TempReserve = None,
     temp: Temp = None,
     temp_dir: TempDir = None,
     temp_prealloc: TempPrealloc = False,
@@ -363,6 +363,7 @@ def _serve(
             end_sessions=end_sessions,
             trust_offline=trust_offline,
             forget_missing=forget_missing,
+            temp_reserve=temp_reserve,
             temp=temp,
             temp_dir=temp_dir,
             temp_prealloc=temp_prealloc,

@@ -30,7 +30,13 @@ from fleecenbd.cli.control_options import (
 from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.pull_commands import add_pull
 from fleecenbd.cli.temp_choice import temp_fields
-from fleecenbd.cli.temp_options import Temp, TempDir, TempOverwrite, TempPrealloc
+from fleecenbd.cli.temp_options import (
+    Temp,
+    TempDir,
+    TempOverwrite,
+    TempPrealloc,
+    TempReserve,
+)
 from fleecenbd.cli.values import DiskSpec
 from fleecenbd.engine.recording import MODES, USE_OR_NEW
 
@@ -89,6 +95,7 @@ def begin(
     on_cbw_error: OnCbwError = None,
     cbw_timeout: CbwTimeout = None,
     temp_limit: TempLimit = None,
+    temp_reserve: TempReserve = None,
     cluster_size: ClusterSize = None,
     temp: Temp = None,
     temp_dir: TempDir = None,
@@ -152,6 +159,7 @@ def begin(
             on_cbw_error=on_cbw_error,
             cbw_timeout=cbw_timeout,
             temp_limit=temp_limit,
+            temp_reserve=temp_reserve,
             cluster_size=cluster_size,
             temp=temp_fields(temp, temp_dir, preallocated=temp_prealloc, overwrite=temp_overwrite),
             ttl=ttl,

@@ -190,6 +190,7 @@ def _refuse_twice(name: str, path: str | None, other_name: str, other: str | Non
 def choose_session_options(
     *,
     temp_limit: str | None,
+    temp_reserve: str | None = None,
     cluster_size: str | None,
     on_cbw_error: str | None,
     cbw_timeout: str | None,
@@ -200,6 +201,9 @@ def choose_session_options(
         given["cluster_size"] = values.parse_size(cluster_size, "--cluster-size")
     if temp_limit is not None:
         given["temp_limit"] = values.parse_size(temp_limit, "--temp-limit")
+    if temp_reserve is not None:
+        reserve = 0 if temp_reserve == "none" else values.parse_size(temp_reserve, "--temp-reserve")
+        given["temp_reserve"] = reserve
     if on_cbw_error is not None:
         given["on_cbw_error"] = on_cbw_error
     if cbw_timeout is not None:

@@ -33,6 +33,7 @@ from fleecenbd.server.guest_records import GuestRecords
 from fleecenbd.server.server import Server
 from fleecenbd.server.size_watch import SizeWatch
 from fleecenbd.server.sockets import notify
+from fleecenbd.server.temp_watch import TempWatch
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +113,9 @@ async def _serve(
         stopping, _begin(server, options, options.session)
     ):
         return 0
-    watch = SizeWatch(server)
-    watch.start()
-    files.callback(watch.stop)
+    for watch in (SizeWatch(server), TempWatch(server)):
+        watch.start()
+        files.callback(watch.stop)
     for endpoint in endpoints:
         server.listen(endpoint.socket, backup_only=endpoint.backup_only)
     control.start(server, ServerPlaces(server, options, endpoints, records))

@@ -53,6 +53,7 @@ def serve(words: ServeWords) -> int:
     )
     session_given = {
         "--temp-limit": words.temp_limit is not None,
+        "--temp-reserve": words.temp_reserve is not None,
         "--cluster-size": words.cluster_size is not None,
         "--on-cbw-error": words.on_cbw_error is not None,
         "--cbw-timeout": words.cbw_timeout is not None,
@@ -121,6 +122,7 @@ def serve(words: ServeWords) -> int:
         session=words.begin,
         session_options=choose_session_options(
             temp_limit=words.temp_limit,
+            temp_reserve=words.temp_reserve,
             cluster_size=words.cluster_size,
             on_cbw_error=words.on_cbw_error,
             cbw_timeout=words.cbw_timeout,

@@ -1,4 +1,4 @@
-"""Options of ``serve`` about its disks, as typer has them."""
+"""Options of ``serve`` about its disks, and its first session, as typer has them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from fleecenbd.cli.disk_options import IGNORE, NONE, UNMAP, WRITEBACK
 
 DISKS = "Disks and exports"
+SESSION = "A session from the start"
 
 
 class Cache(StrEnum):
@@ -52,5 +53,25 @@ DefaultExport = Annotated[
         help="The export that the empty name means. Default: it is refused; but with --single "
         "or socket activation (libnbd's \\[ ]), over one disk and a session, it means the "
         "fleecing export. Over several disks it is refused there, too, and the log says so.",
+    ),
+]
+FirstTempLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--temp-limit",
+        metavar="SIZE",
+        rich_help_panel=SESSION,
+        show_default=False,
+        help="Most that one disk's temp image may hold. Default: no limit.",
+    ),
+]
+FirstClusterSize = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster-size",
+        metavar="SIZE",
+        rich_help_panel=SESSION,
+        show_default=False,
+        help="Unit of copying, a power of two. Default: 4k, more for disks past 256 GiB.",
     ),
 ]

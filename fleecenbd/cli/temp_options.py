@@ -41,6 +41,17 @@ TempPrealloc = Annotated[
         "out. What is released is freed.",
     ),
 ]
+TempReserve = Annotated[
+    str | None,
+    typer.Option(
+        "--temp-reserve",
+        metavar="SIZE|none",
+        rich_help_panel=TEMPS,
+        show_default=False,
+        help="What the temp images' file system keeps free: what would take more counts as a full "
+        "temp image. Default: 5 % of it, 1G at least.",
+    ),
+]
 TempOverwrite = Annotated[
     bool,
     typer.Option(

@@ -15,7 +15,7 @@ from typing import Any
 
 from fleecenbd.cli.disk_options import CACHES
 from fleecenbd.cli.logs import LEVELS
-from fleecenbd.engine.state import BREAK_GUEST_WRITE, BREAK_SNAPSHOT
+from fleecenbd.engine.state import POLICIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class ServeWords:
     begin: str | None = None
     state_dir: str | None = None
     temp_limit: str | None = None
+    temp_reserve: str | None = None
     cluster_size: str | None = None
     temp: str | None = None
     temp_dir: str | None = None
@@ -66,7 +67,7 @@ class ServeWords:
 CHOICES = {
     "cache": CACHES,
     "log_level": LEVELS,
-    "on_cbw_error": (BREAK_SNAPSHOT, BREAK_GUEST_WRITE),
+    "on_cbw_error": POLICIES,
 }
 """Options of which only these words are right."""
 

@@ -201,7 +201,7 @@ class BlockCopy:
         # Until it has succeeded it has failed, whatever ends it.
         error: OSError | None = OSError(errno.EIO, "the copy was cut off")
         try:
-            await self._copy(copy)
+            await self._state.room.twice(self._copy, copy)
             error = None
         except OSError as caught:
             error = caught

@@ -8,7 +8,11 @@
 ``done`` is set before the wait for frozen reads, and a reader checks ``access``, ``done`` and
 freezes in one step: after step 3 no new reader can freeze the range, so step 4 ends.
 
-One timer per guest request covers 1 to 4. A timeout ends the waiting, never the copy.
+Under ``throttle`` a request that would copy is delayed before 1, the longer the less room there is
+(room.py).
+
+One timer per guest request covers the delay, and 1 to 4. A timeout ends the waiting, never the
+copy.
 
 Once ``ready`` has returned, the range stays ready: its clusters are ``done`` or released, and
 neither is ever undone. So requests may be made ready for several fleeces, one after the other.
@@ -21,6 +25,7 @@ import errno
 from collections.abc import Sequence
 
 from fleecenbd.engine.block_copy import BlockCopy
+from fleecenbd.engine.room import THROTTLE_MAX_S, TIMER_SHARE
 from fleecenbd.engine.shared_read import ReadNow, SharedReads
 from fleecenbd.engine.state import BREAK_GUEST_WRITE, Copy, FleeceState
 
@@ -42,27 +47,55 @@ class CopyBeforeWrite:
             return True
         if state.copies and state.copy_in_flight(first, end):
             return False
-        if state.copy.bits.find(1, first, end) >= 0 and not self._block_copy.copy_now(
-            first, end, reads
-        ):
-            return False
+        if state.copy.bits.find(1, first, end) >= 0:
+            if state.throttles and state.room.delay_s() > 0:
+                return False
+            if not self._block_copy.copy_now(first, end, reads):
+                return False
         return not (state.frozen_reads and state.frozen(first, end))
 
     def claim(self, first: int, end: int, reads: SharedReads) -> list[Copy]:
         """Step 1 of ``ready``, in one step with other fleeces: copies that may share a read."""
         return [] if self._state.dead else self._block_copy.claim(first, end, reads)
 
-    async def ready(self, first: int, end: int, claimed: Sequence[Copy] = ()) -> None:
-        """Return when a guest may change the clusters ``[first, end)``.
-
-        ``claimed``: what ``claim`` returned for this request. Raises OSError(EIO) for a failure
-        under break-guest-write. Cancelling it is safe.
+    async def delayed(self, first: int, end: int) -> float:
+        """Under ``throttle``: hold up a request that would copy, as long as the temp image's room
+        says. The loop's time when its timer began to run. Cancelling it is safe.
         """
         state = self._state
         loop = asyncio.get_running_loop()
         started = loop.time()
+        if not state.throttles:
+            return started
+        timer_s = state.cbw_timeout_s
+        most = timer_s * TIMER_SHARE if timer_s > 0 else THROTTLE_MAX_S
+        is_delayed = False
+        while not state.dead and state.copy.bits.find(1, first, end) >= 0:
+            until = started + min(most, state.room.delay_s())
+            if loop.time() >= until:
+                break
+            is_delayed = True
+            await state.guests.wait(first, end, until)
+        if is_delayed:
+            state.stats.throttled += 1
+            state.stats.throttled_s += loop.time() - started
+        return started
+
+    async def ready(
+        self, first: int, end: int, claimed: Sequence[Copy] = (), started: float | None = None
+    ) -> None:
+        """Return when a guest may change the clusters ``[first, end)``.
+
+        ``claimed``: what ``claim`` returned for this request. ``started``: what ``delayed``
+        returned; None: it is delayed here. Raises OSError(EIO) for a failure under
+        break-guest-write. Cancelling it is safe.
+        """
+        state = self._state
+        loop = asyncio.get_running_loop()
+        if started is None:
+            started = await self.delayed(first, end)
         deadline = started + state.cbw_timeout_s if state.cbw_timeout_s > 0 else None
-        waited = False
+        waited = loop.time() > started
         try:
             ours = list(claimed)
             while not state.dead:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from bitarray import bitarray
@@ -25,9 +25,10 @@ from fleecenbd.engine.extents import windowed_status
 from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.recording import RecordingBitmap, check_removable, clear
 from fleecenbd.engine.reqlist import Waiters
+from fleecenbd.engine.resizing import check_size
 from fleecenbd.engine.shared_read import ReadNow, SharedReads
 from fleecenbd.engine.store import Stamps
-from fleecenbd.storage.device import Buffer, Data, Device, Extent, Resizable
+from fleecenbd.storage.device import Buffer, Data, Device, Extent
 
 WRITE_NOW_LENGTH_MAX = 1 << 20
 """Bytes. A longer write would keep the loop from everybody else: it goes to the pool."""
@@ -228,34 +229,6 @@ class Disk:
             ranges = free
         return [part for part in ranges if part[1] >= TRIM_PART_MIN or part[1] == length]
 
-    # -- an image that changes its size ----------------------------------------------------
-
-    def resized(self, size: int) -> list[RecordingBitmap]:
-        """Its image has so many bytes now. Where these are not the disk's, there is no point in
-        time any more: all sessions break, and bitmaps are lost; those that were not before.
-        """
-        self.image_size = size
-        if isinstance(self.device, Resizable):
-            self.device.limit(size if size < self.size else None)
-        if size == self.size:
-            return []
-        why = f"the image of {self.name} changed its size from {self.size} to {size} bytes"
-        for fleece in list(self.fleeces):
-            fleece.state.break_session(why)
-        lost = [bitmap for bitmap in self.bitmaps.values() if bitmap.lost is None]
-        for bitmap in lost:
-            bitmap.lost = why
-        return lost
-
-    def check_size(self) -> None:
-        """Raises OSError(EINVAL) while the image has another size than the disk."""
-        if self.image_size != self.size:
-            raise OSError(
-                errno.EINVAL,
-                f"the image of {self.name} has {self.image_size} bytes now, and {self.size} when "
-                "it was opened; add the disk anew, or start the server again",
-            )
-
     # -- recording -------------------------------------------------------------------------
 
     def add_bitmap(self, bitmap: RecordingBitmap) -> None:
@@ -266,7 +239,7 @@ class Disk:
         name = bitmap.name
         if name in self.bitmaps or name in self.bitmaps_begun:
             raise OSError(errno.EEXIST, f"{self.name} has a bitmap called {name} already")
-        self.check_size()
+        check_size(self)
         if bitmap.size != self.size:
             raise OSError(
                 errno.EINVAL,
@@ -381,13 +354,20 @@ async def _all_ready(fleeces: list[Fleece], ranges: list[tuple[int, int]]) -> No
     """Every fleece at the same time; the first failure is the request's."""
     loop = asyncio.get_running_loop()
     for offset, length in ranges:
+        starts: Sequence[float | None] = [None] * len(fleeces)
+        if any(fleece.state.throttles for fleece in fleeces):
+            spans = [fleece.access.span(offset, length) for fleece in fleeces]
+            delays = zip(fleeces, spans, strict=True)
+            starts = await asyncio.gather(
+                *(fleece.copy_before_write.delayed(*span) for fleece, span in delays)
+            )
         # They all claim in this step, so that what two of them need is read once.
         reads: SharedReads = {}
         tasks = []
-        for fleece in fleeces:
+        for fleece, started in zip(fleeces, starts, strict=True):
             first, end = fleece.access.span(offset, length)
             claimed = fleece.copy_before_write.claim(first, end, reads)
-            ready = fleece.copy_before_write.ready(first, end, claimed)
+            ready = fleece.copy_before_write.ready(first, end, claimed, started)
             tasks.append(loop.create_task(ready, name=f"cbw {fleece.name}"))
         del reads
         try:

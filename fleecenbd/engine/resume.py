@@ -113,6 +113,7 @@ async def _resume_fleece(name: str, options: SessionOptions, remains: FleeceRema
         on_cbw_error=options.on_cbw_error,
         cbw_timeout_s=options.cbw_timeout_s,
         temp_limit=options.temp_limit,
+        temp_reserve=options.temp_reserve,
         bits=remains.bits,
     )
     own = _own_bits(disk, remains.bits, remains.own) if remains.own is not None else None
@@ -126,6 +127,7 @@ async def _resume_fleece(name: str, options: SessionOptions, remains: FleeceRema
     else:
         await _find_charged(state)
         await _punch_released(state)
+        await state.room.look()
     return fleece
 
 

@@ -14,11 +14,13 @@ from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.ids import random_uuid
 from fleecenbd.engine.own_bits import BitmapClaim, OwnBits
 from fleecenbd.engine.recording import BitmapRequest, Since, scaled
+from fleecenbd.engine.resizing import check_size
+from fleecenbd.engine.room import room_of
 from fleecenbd.engine.state import (
     BITMAP_CLUSTERS_MAX,
-    BREAK_GUEST_WRITE,
     BREAK_SNAPSHOT,
     CLUSTER_SIZE_MIN,
+    POLICIES,
     FleeceState,
     holds_space,
 )
@@ -36,6 +38,7 @@ class SessionOptions:
     """How a session behaves. Sizes in bytes, times in seconds.
 
     ``cbw_timeout_s`` 0: guest writes wait without end. ``temp_limit`` None: no limit.
+    ``temp_reserve``: what the temp image's file system keeps free; None: default_reserve; 0: none.
     ``cluster_size`` None: the smallest that keeps a bitmap small. ``read_once``: every READ of its
     exports releases what it covers whole (``Fleece.release_read``); who serves them sees to that.
     """
@@ -43,18 +46,21 @@ class SessionOptions:
     on_cbw_error: str = BREAK_SNAPSHOT
     cbw_timeout_s: float = 20.0
     temp_limit: int | None = None
+    temp_reserve: int | None = None
     cluster_size: int | None = None
     read_once: bool = False
 
     def __post_init__(self) -> None:
-        if self.on_cbw_error not in (BREAK_SNAPSHOT, BREAK_GUEST_WRITE):
+        if self.on_cbw_error not in POLICIES:
             raise ValueError(
-                f"on_cbw_error is {BREAK_SNAPSHOT} or {BREAK_GUEST_WRITE}, not {self.on_cbw_error}"
+                f"on_cbw_error is one of {', '.join(POLICIES)}, not {self.on_cbw_error}"
             )
         if not 0 <= self.cbw_timeout_s < float("inf"):
             raise ValueError(f"cbw_timeout is a number of seconds, not {self.cbw_timeout_s}")
         if self.temp_limit is not None and self.temp_limit < 0:
             raise ValueError(f"temp_limit is a number of bytes, not {self.temp_limit}")
+        if self.temp_reserve is not None and self.temp_reserve < 0:
+            raise ValueError(f"temp_reserve is a number of bytes, not {self.temp_reserve}")
         size = self.cluster_size
         if size is not None and (
             size & (size - 1) or not CLUSTER_SIZE_MIN <= size <= CLUSTER_SIZE_MAX
@@ -187,7 +193,7 @@ async def arm(
     if session_id is None:
         session_id = random_uuid()
     for disk in disks:
-        disk.check_size()
+        check_size(disk)
     claims: list[BitmapClaim | None] = []
     fleeces: list[Fleece] = []
     described: Session | None = None
@@ -302,6 +308,11 @@ class _Making:
     options: SessionOptions
     claim: BitmapClaim | None
 
+    @property
+    def label(self) -> str:
+        """DISK@SESSION."""
+        return f"{self.disk.name}@{self.session}"
+
     async def fleece(self, make_temp: MakeTemp, store: Store) -> Fleece:
         """Make it. Raises OSError, and leaves nothing behind then."""
         disk, options = self.disk, self.options
@@ -310,6 +321,7 @@ class _Making:
         temp = await make_temp(disk, cluster_size, self.session_id)
         try:
             cluster_size = self._cluster_size(cluster_size, temp)
+            room = await room_of(temp, options.temp_reserve, cluster_size, self.label)
             bits = await store.make_fleece_bits(
                 self.session_id,
                 disk.name,
@@ -321,7 +333,7 @@ class _Making:
             try:
                 if self.claim is not None:
                     own = await self.claim.own_bits(bits, store)
-                return self._put_together(temp, cluster_size, bits, own)
+                return self._put_together(temp, cluster_size, bits, own, room)
             except BaseException:
                 if own is not None:
                     own.discard()
@@ -344,31 +356,38 @@ class _Making:
         if limit is not None and holds_space(temp):
             raise OSError(
                 errno.EINVAL,
-                f"{self.disk.name}@{self.session}: a preallocated temp image takes all of its "
+                f"{self.label}: a preallocated temp image takes all of its "
                 "space at the start; leave out the temp limit",
             )
         if limit is not None and limit < cluster_size:
             raise OSError(
                 errno.EINVAL,
-                f"{self.disk.name}@{self.session}: a temp limit of {limit} bytes is less than one "
+                f"{self.label}: a temp limit of {limit} bytes is less than one "
                 f"cluster of {cluster_size} bytes, so that nothing could be kept; set it higher",
             )
         return cluster_size
 
     def _put_together(
-        self, temp: Device, cluster_size: int, bits: FleeceBits, own: OwnBits | None
+        self,
+        temp: Device,
+        cluster_size: int,
+        bits: FleeceBits,
+        own: OwnBits | None,
+        room: tuple[int, int],
     ) -> Fleece:
         state = FleeceState(
-            f"{self.disk.name}@{self.session}",
+            self.label,
             self.disk.device,
             temp,
             cluster_size=cluster_size,
             on_cbw_error=self.options.on_cbw_error,
             cbw_timeout_s=self.options.cbw_timeout_s,
             temp_limit=self.options.temp_limit,
+            temp_reserve=self.options.temp_reserve,
             target_reads_zero=not holds_space(temp),
             bits=bits,
         )
+        state.room.told(*room)
         if own is None or not own.dirty_only:
             state.give_access(None)
         return Fleece(self.disk, state, own)

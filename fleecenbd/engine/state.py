@@ -32,6 +32,7 @@ from bitarray import bitarray
 
 from fleecenbd.engine.bitmap import Bitmap, zeroed_memory
 from fleecenbd.engine.reqlist import RangeRequest, RequestList, Waiters
+from fleecenbd.engine.room import Room
 from fleecenbd.engine.shared_read import SharedRead
 from fleecenbd.engine.store import FleeceBits, MemoryFleeceBits
 from fleecenbd.engine.wait_times import WaitTimes
@@ -41,6 +42,9 @@ BREAK_SNAPSHOT = "break-snapshot"
 """on_cbw_error: the session breaks, the guest's write goes on."""
 BREAK_GUEST_WRITE = "break-guest-write"
 """on_cbw_error: the guest's write fails with EIO, the session stays good."""
+THROTTLE = "throttle"
+"""on_cbw_error: as BREAK_SNAPSHOT; before that, guest writes that would copy are delayed."""
+POLICIES = (BREAK_SNAPSHOT, BREAK_GUEST_WRITE, THROTTLE)
 
 CLUSTER_SIZE_MIN = 4096
 """Bytes. A random 4 KiB guest write then copies 4 KiB."""
@@ -70,6 +74,9 @@ class FleeceStats:
     """Waiting guest requests that a release of their range woke."""
     frozen_waits: int = 0
     timeouts: int = 0
+    throttled: int = 0
+    """Guest requests that were delayed because the temp image was nearly full."""
+    throttled_s: float = 0.0
     limit_hits: int = 0
     trims: int = 0
     trims_during_reads: int = 0
@@ -154,12 +161,15 @@ class FleeceState:
         on_cbw_error: str = BREAK_SNAPSHOT,
         cbw_timeout_s: float = 0.0,
         temp_limit: int | None = None,
+        temp_reserve: int | None = 0,
         target_reads_zero: bool = True,
         bits: FleeceBits | None = None,
     ) -> None:
         """``target`` must be as large as ``source`` rounded up to whole clusters, so that the
         last, partial cluster can be punched whole. ``target_reads_zero``: it is empty, and holds no
         space.
+
+        ``temp_reserve``: as engine.room.Room has it.
 
         ``bits``: where ``access`` and ``done`` live, as they are (``done`` where there is no
         access is dropped); None: in memory, with access everywhere.
@@ -182,6 +192,7 @@ class FleeceState:
         self.on_cbw_error = on_cbw_error
         self.cbw_timeout_s = cbw_timeout_s
         self.temp_limit = temp_limit
+        self.throttles = on_cbw_error == THROTTLE
         self.copies: RequestList[Copy] = RequestList()
         self.frozen_reads: RequestList[FrozenRead] = RequestList()
         self.temp_reads: RequestList[RangeRequest] = RequestList()
@@ -197,6 +208,7 @@ class FleeceState:
         self.on_dead: list[Callable[[], None]] = []
         """Called once, in the step in which the fleece breaks or finishes."""
         self.stats = FleeceStats()
+        self.room = Room(self, temp_reserve)
         self.stats.temp_clusters = 0 if target_reads_zero else self.clusters
         if isinstance(target, Losable):
             # Whatever the policy: without what was kept there is no point in time any more.
@@ -302,7 +314,8 @@ class FleeceState:
     def charge(self, first: int, end: int) -> None:
         """Count the clusters as in use, before a temp write of data to them starts.
 
-        Raises OSError(ENOSPC), with nothing charged, if the set would pass ``temp_limit``.
+        Raises OSError(ENOSPC), with nothing charged, if the set would pass ``temp_limit``, or if
+        there is no room left (NoRoom: as of the last look).
         """
         bits = self.charged.bits
         new = (end - first) - bits.count(1, first, end)
@@ -316,6 +329,13 @@ class FleeceState:
                 errno.ENOSPC,
                 f"the temp image of {self.name} reached its limit of {self.temp_limit} bytes",
             )
+        room = self.room
+        left = room.left
+        if left is not None:
+            if new > left:
+                raise room.error()
+            room.left = left - new
+            room.during += new
         bits[first:end] = 1
         stats.temp_clusters = total
         if total > stats.temp_clusters_peak:
@@ -326,6 +346,8 @@ class FleeceState:
         bits = self.charged.bits
         self.stats.temp_clusters -= bits.count(1, first, end)
         bits[first:end] = 0
+        if self.throttles:
+            self.guests.wake_all()  # the delays are shorter now
 
     # -- what others wait for --------------------------------------------------------------
 

@@ -29,8 +29,9 @@ PARAMETERS = {
     "session": "NAME: begin a session over all disks before the first client is let in",
     "state-dir": "DIR: where temp images are kept",
     "temp-limit": "SIZE: most that one disk's temp image may hold",
+    "temp-reserve": "SIZE or none: what the temp images' file system keeps free",
     "cluster-size": "SIZE: unit of copying, a power of two",
-    "on-cbw-error": "break-snapshot or break-guest-write",
+    "on-cbw-error": "break-snapshot, break-guest-write or throttle",
     "cbw-timeout": "SECONDS: how long a guest's write may wait for old data to be kept",
     "default-export": "NAME: the export that the empty name means",
     "read-only": "true or false: no guest may write (nbdkit -r: and no backup TRIM)",
@@ -41,7 +42,7 @@ PARAMETERS = {
 MAGIC_KEY = "script"
 """What nbdkit calls an argument without a key: its python plugin says so, and means our file."""
 
-_SESSION_ONLY = ("temp-limit", "cluster-size", "on-cbw-error", "cbw-timeout")
+_SESSION_ONLY = ("temp-limit", "temp-reserve", "cluster-size", "on-cbw-error", "cbw-timeout")
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 
@@ -130,6 +131,7 @@ class Parameters:
             session=session,
             session_options=choose_session_options(
                 temp_limit=given.get("temp-limit"),
+                temp_reserve=given.get("temp-reserve"),
                 cluster_size=given.get("cluster-size"),
                 on_cbw_error=given.get("on-cbw-error"),
                 cbw_timeout=given.get("cbw-timeout"),

@@ -38,6 +38,7 @@ from fleecenbd.server.exports import GuestExport
 from fleecenbd.server.guest_records import GuestRecords
 from fleecenbd.server.server import Server
 from fleecenbd.server.size_watch import SizeWatch
+from fleecenbd.server.temp_watch import TempWatch
 from fleecenbd.storage.device import Device
 
 logger = logging.getLogger(__name__)
@@ -106,8 +107,9 @@ class Service:
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(logs.loop_exception)
         self._believe_guests_later(self._loop)
-        self._watch = SizeWatch(self._running)
-        self._loop.call_soon(self._watch.start)
+        self._watches = (SizeWatch(self._running), TempWatch(self._running))
+        for watch in self._watches:
+            self._loop.call_soon(watch.start)
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleecenbd")
         self._thread.start()
 
@@ -130,7 +132,8 @@ class Service:
         loop, thread = self._loop, self._thread
         assert loop is not None, "nbdkit calls this after after_fork only"
         assert thread is not None, "nbdkit calls this after after_fork only"
-        loop.call_soon_threadsafe(self._watch.stop)
+        for watch in self._watches:
+            loop.call_soon_threadsafe(watch.stop)
         stopped = asyncio.run_coroutine_threadsafe(self._running.stop(), loop).result()
         if self._records is not None:
             self._records.close()

@@ -23,6 +23,7 @@ DISK_REMOVED = "disk-removed"
 DISK_RESIZED = "disk-resized"
 TEMP_LOW = "temp-low"
 TEMP_FULL = "temp-full"
+TEMP_THROTTLED = "temp-throttled"
 HOOK_FAILED = "hook-failed"
 BITMAP_LOST = "bitmap-lost"
 JOB_STARTED = "job-started"
@@ -42,6 +43,7 @@ KINDS = (
     DISK_RESIZED,
     TEMP_LOW,
     TEMP_FULL,
+    TEMP_THROTTLED,
     HOOK_FAILED,
     BITMAP_LOST,
     JOB_STARTED,

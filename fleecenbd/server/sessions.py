@@ -29,7 +29,6 @@ from fleecenbd.server.exports import FleecingExport
 from fleecenbd.server.guest_hooks import GuestHooks
 from fleecenbd.server.places import Places
 from fleecenbd.server.server import Server
-from fleecenbd.server.temp_watch import TempWatch
 from fleecenbd.server.views import (
     DiskView,
     Life,
@@ -80,7 +79,6 @@ class Sessions:
         self.results = {"success": 0, "failed": 0}
         """Finished sessions since the start, counted."""
         self._closed = False
-        self._watch = TempWatch(server)
         server.finishing.append(self._ends)
 
     # -- begin -----------------------------------------------------------------------------
@@ -188,7 +186,6 @@ class Sessions:
         loop = asyncio.get_running_loop()
         known = _Known(ask, begun or Begun(session, ()), used_at=loop.time())
         self._known[session.name] = known
-        self._watch.start()
         for fleece in session.fleeces:
             # One that is not of our making began with the server: before the first guest write.
             self._writes[fleece.disk] = fleece.disk.writes if begun is not None else 0
@@ -302,7 +299,6 @@ class Sessions:
     async def close(self) -> None:
         """The server stops: begin no more; thaw what is frozen."""
         self._closed = True
-        self._watch.stop()
         tasks = [task for _, task in self._beginning.values()]
         for task in tasks:
             task.cancel()

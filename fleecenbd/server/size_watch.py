@@ -11,6 +11,7 @@ import logging
 from functools import partial
 
 from fleecenbd.engine.disk import Disk
+from fleecenbd.engine.resizing import resized
 from fleecenbd.server.events import BITMAP_LOST, DISK_RESIZED
 from fleecenbd.server.server import Server
 from fleecenbd.storage.device import Resizable
@@ -65,7 +66,7 @@ class SizeWatch:
         if not is_news and size == disk.size:
             return
         # Again and again while it is so: what was being begun meanwhile must not go on, either.
-        lost = disk.resized(size)
+        lost = resized(disk, size)
         if is_news:
             self._tell(disk, size)
         for bitmap in lost:

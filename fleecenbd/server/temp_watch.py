@@ -1,40 +1,42 @@
 """Watches how full temp images are, and says so while there is time to do something.
 
-Looks once a second while there is a session: nothing is added to what a guest waits for.
+Looks once a second: nothing is added to what a guest waits for, and how much room their file
+systems have left is asked in the temp images' own threads.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 from fleecenbd.engine.fleece import Fleece
-from fleecenbd.server.events import TEMP_FULL, TEMP_LOW
+from fleecenbd.engine.room import LOW
+from fleecenbd.server.events import TEMP_FULL, TEMP_LOW, TEMP_THROTTLED
 from fleecenbd.server.server import Server
 
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
-LOW = 0.8
-"""Share of the limit in use from which on it is low."""
 ENOUGH = 0.7
-"""Below this it is not low any more, and may be told again."""
+"""Share of the limit in use below which it is not low any more, and may be told again."""
 
 
 class TempWatch:
-    """The temp images of one server that have a limit."""
+    """The temp images of one server that have a limit, or whose file systems have a reserve."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._low: WeakKeyDictionary[Fleece, bool] = WeakKeyDictionary()
         self._hits: WeakKeyDictionary[Fleece, int] = WeakKeyDictionary()
+        self._throttled: WeakKeyDictionary[Fleece, bool] = WeakKeyDictionary()
+        self._looks: dict[Fleece, asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """A session has begun."""
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(INTERVAL_S, self._look_again)
+        """From now on, until ``stop``."""
+        self._timer = asyncio.get_running_loop().call_later(INTERVAL_S, self._look_again)
 
     def stop(self) -> None:
         if self._timer is not None:
@@ -42,21 +44,30 @@ class TempWatch:
             self._timer = None
 
     def _look_again(self) -> None:
-        self._timer = None
-        if self._server.sessions:
-            self.look()
-            self.start()
+        self.look()
+        self.start()
 
     def look(self) -> None:
         """Tell what has changed since the last look."""
         for session in self._server.sessions.values():
             for fleece in session.fleeces:
-                limit = fleece.state.temp_limit
-                if limit is not None:
-                    self._look_at(session.name, fleece, limit)
+                self._look_at(session.name, fleece)
+                state = fleece.state
+                if state.room.is_asked and not state.dead and fleece not in self._looks:
+                    self._ask(fleece)
 
-    def _look_at(self, session: str, fleece: Fleece, limit: int) -> None:
-        used = fleece.stats.temp_clusters << fleece.state.shift
+    def _ask(self, fleece: Fleece) -> None:
+        """For the next look. A file system that hangs is not asked again meanwhile."""
+        look = asyncio.get_running_loop().create_task(fleece.state.room.look())
+        self._looks[fleece] = look
+        look.add_done_callback(lambda _: self._looks.pop(fleece))
+
+    def _look_at(self, session: str, fleece: Fleece) -> None:
+        state = fleece.state
+        clusters = state.room.limit()
+        if clusters is None:
+            return
+        used, limit = fleece.stats.temp_clusters << state.shift, clusters << state.shift
         about = {"session": session, "disk": fleece.disk.name, "used": used, "limit": limit}
         hits = fleece.stats.limit_hits
         if hits > self._hits.get(fleece, 0):
@@ -64,7 +75,9 @@ class TempWatch:
             self._low[fleece] = True
             logger.warning("the temp image of %s is full: its limit is %d", fleece.name, limit)
             self._server.events.tell(TEMP_FULL, **about)
-        elif used >= LOW * limit and not self._low.get(fleece, False):
+        elif state.dead:
+            return
+        elif used and used >= LOW * limit and not self._low.get(fleece, False):
             self._low[fleece] = True
             logger.warning(
                 "the temp image of %s holds %d of %d bytes: its backup should release, or end",
@@ -75,3 +88,22 @@ class TempWatch:
             self._server.events.tell(TEMP_LOW, **about)
         elif used < ENOUGH * limit:
             self._low[fleece] = False
+        if state.throttles and not state.dead:
+            self._look_at_delay(fleece, about)
+
+    def _look_at_delay(self, fleece: Fleece, about: Mapping[str, object]) -> None:
+        delay_s = fleece.state.room.delay_s()
+        is_throttled = delay_s > 0
+        if is_throttled == self._throttled.get(fleece, False):
+            return
+        self._throttled[fleece] = is_throttled
+        if is_throttled:
+            logger.warning(
+                "%s: guest writes that copy old data wait %.0f ms now, and longer as its temp "
+                "image fills up: its backup should hurry",
+                fleece.name,
+                delay_s * 1000,
+            )
+        else:
+            logger.info("%s: guest writes do not wait for room any more", fleece.name)
+        self._server.events.tell(TEMP_THROTTLED, **about, delay=delay_s)

@@ -105,6 +105,9 @@ class WaitView:
     p99: float
     """At most 19 % too much, and never too little."""
     max: float
+    throttled: int
+    """Those that were delayed since the temp image was nearly full, and for how long in all."""
+    throttled_time: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,9 @@ class TempView:
     now: int
     peak: int
     limit: int | None
+    room: int | None
+    """What its file system has left for it, above the reserve, as of the last second; null: nobody
+    is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +164,8 @@ class SessionView:
     on_cbw_error: str
     cbw_timeout: float
     temp_limit: int | None
+    temp_reserve: int | None
+    """Bytes that a temp image's file system keeps free; null: the default."""
     read_once: bool
     """Its exports release what they have handed over."""
     ttl: float | None
@@ -307,6 +315,7 @@ def fleece_view(server: Server, fleece: Fleece, uris: Uris) -> FleeceView:
             now=0 if fleece.freed else stats.temp_clusters << shift,
             peak=stats.temp_clusters_peak << shift,
             limit=state.temp_limit,
+            room=None if (left := state.room.left) is None else max(0, left) << shift,
         ),
         copies=CopiesView(
             in_flight=len(state.copies),
@@ -319,6 +328,8 @@ def fleece_view(server: Server, fleece: Fleece, uris: Uris) -> FleeceView:
             mean=stats.guest_wait_s / stats.guest_waits if stats.guest_waits else 0.0,
             p99=stats.guest_wait_times.quantile(0.99),
             max=stats.guest_wait_max_s,
+            throttled=stats.throttled,
+            throttled_time=stats.throttled_s,
         ),
         clients=[client.peer for client in server.clients_of(fleece.name)],
         bitmap=own_view(fleece.own),
@@ -343,6 +354,7 @@ def session_view(server: Server, session: Session, life: Life, uris: Uris) -> Se
         on_cbw_error=options.on_cbw_error,
         cbw_timeout=options.cbw_timeout_s,
         temp_limit=options.temp_limit,
+        temp_reserve=options.temp_reserve,
         read_once=options.read_once,
         ttl=life.ttl,
         ttl_left=life.ttl_left,

@@ -126,6 +126,14 @@ class Resizable(Protocol):
 
 
 @runtime_checkable
+class Roomy(Protocol):
+    """What a temp image may have besides: a file system that others use, too."""
+
+    async def room(self) -> tuple[int, int]:
+        """(bytes free, bytes in all) of it; (0, 0) where it does not tell. Raises OSError."""
+
+
+@runtime_checkable
 class HoldingSpace(Protocol):
     """What a temp image may have besides: space that was taken in advance."""
 

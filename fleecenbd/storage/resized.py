@@ -8,6 +8,8 @@ where the end is, and changes beyond it are refused.
 
 from __future__ import annotations
 
+import os
+
 from fleecenbd.storage import system_calls
 from fleecenbd.storage.device import Data, WriteNow
 from fleecenbd.storage.errors import closed_error, past_end_error
@@ -35,6 +37,16 @@ class Resized:
         if self._descriptor < 0:
             raise closed_error(self.name)
         return system_calls.image_size(self._descriptor)
+
+    async def room(self) -> tuple[int, int]:
+        """(bytes free, bytes in all) of the file system, for who is not root. Raises OSError."""
+        return await self._pool.run(self._statvfs)
+
+    def _statvfs(self) -> tuple[int, int]:
+        if self._descriptor < 0:
+            raise closed_error(self.name)
+        found = os.fstatvfs(self._descriptor)
+        return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
 
     def limit(self, end: int | None) -> None:
         """Refuse changes that go beyond ``end``; None: none."""

@@ -168,6 +168,13 @@ class TempImage:
             os.close(descriptor)
             raise
 
+    async def room(self) -> tuple[int, int]:
+        """(bytes free, bytes in all) of its file system, for who is not root; (0, 0) where the
+        image has all of its space. Raises OSError."""
+        if self.holds_space:
+            return 0, 0
+        return await self._file.room()
+
     def used_bytes(self) -> int:
         """Bytes of space that it holds now."""
         return self._file.used_bytes()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from contextlib import suppress
 from typing import Any
 
@@ -44,6 +45,11 @@ class TempQcow2(QemuDevice, TempRemote):
         super().__init__(client, child, name, **facts)
         self._quit = child.kill
         self._showing = asyncio.get_running_loop().create_task(self._show(), name=f"show {name}")
+
+    async def room(self) -> tuple[int, int]:
+        """(bytes free, bytes in all) of its file's file system. Raises OSError."""
+        found = await asyncio.to_thread(os.statvfs, self.name)
+        return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
 
     async def _show(self) -> None:
         """QEMU keeps its tables in memory; a flush (of a node that syncs nothing) writes them."""

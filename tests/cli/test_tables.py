@@ -79,7 +79,14 @@ def test_where_nothing_broke_nothing_is_said_of_it(capsys: pytest.CaptureFixture
 
 def test_what_a_server_calls_its_things_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     disk = {
-        **{"name": "vda", "size": 4096, "image_size": 4096, "clients": [], "sessions": [], "guest_writes": 0},
+        **{
+            "name": "vda",
+            "size": 4096,
+            "image_size": 4096,
+            "clients": [],
+            "sessions": [],
+            "guest_writes": 0,
+        },
         **{"image": "/srv/[red]disk[/red].raw"},
     }
     tables.show(tables.disk_table([disk]))

@@ -31,11 +31,15 @@ from .scene import CLUSTER, Scene, errno_of, simulated
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"on_cbw_error": "panic"}, "break-snapshot or break-guest-write, not panic"),
+        (
+            {"on_cbw_error": "panic"},
+            "one of break-snapshot, break-guest-write, throttle, not panic",
+        ),
         ({"cbw_timeout_s": -0.1}, "cbw_timeout is a number of seconds, not -0.1"),
         ({"cbw_timeout_s": float("inf")}, "cbw_timeout is a number of seconds, not inf"),
         ({"cbw_timeout_s": float("nan")}, "cbw_timeout is a number of seconds, not nan"),
         ({"temp_limit": -1}, "temp_limit is a number of bytes, not -1"),
+        ({"temp_reserve": -1}, "temp_reserve is a number of bytes, not -1"),
         ({"cluster_size": 5000}, "from 4096 to 33554432, not 5000"),
         ({"cluster_size": 0}, "from 4096 to 33554432, not 0"),
         ({"cluster_size": CLUSTER_SIZE_MIN // 2}, "not 2048"),

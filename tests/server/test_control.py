@@ -58,6 +58,7 @@ async def test_a_session_is_begun_read_and_finished_while_a_guest_writes() -> No
             "now": CLUSTER,
             "peak": CLUSTER,
             "limit": None,
+            "room": None,
         }
         assert fleece["copies"] == {"in_flight": 0, "done": 1, "cancelled": 0, "failed": 0}
         assert len(fleece["clients"]) == 1

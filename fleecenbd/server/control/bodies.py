@@ -38,14 +38,24 @@ class BeginBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         list[Name] | None, Meta(description="the disks it is over; null: all of them")
     ] = None
     on_cbw_error: Annotated[
-        Literal["break-snapshot", "break-guest-write"],
-        Meta(description="what gives way when old data cannot be kept"),
+        Literal["break-snapshot", "break-guest-write", "throttle"],
+        Meta(
+            description="what gives way when old data cannot be kept; throttle: as break-snapshot, "
+            "and guest writes are delayed before"
+        ),
     ] = "break-snapshot"
     cbw_timeout: Annotated[
         Seconds, Meta(description="how long a guest write may wait for old data; 0: for ever")
     ] = SessionOptions.cbw_timeout_s
     temp_limit: Annotated[
         Count | None, Meta(description="bytes of old data kept, for each disk; null: no limit")
+    ] = None
+    temp_reserve: Annotated[
+        Count | None,
+        Meta(
+            description="bytes that the temp images' file system keeps free; null: 5 % of it, 1 "
+            "GiB at least; 0: none"
+        ),
     ] = None
     cluster_size: Annotated[
         Annotated[int, Meta(ge=CLUSTER_SIZE_MIN, le=CLUSTER_SIZE_MAX)] | None,

@@ -123,6 +123,7 @@ class Calls:
                 on_cbw_error=body.on_cbw_error,
                 cbw_timeout_s=body.cbw_timeout,
                 temp_limit=body.temp_limit,
+                temp_reserve=body.temp_reserve,
                 cluster_size=body.cluster_size,
                 read_once=body.read_once,
             )

@@ -129,6 +129,7 @@ def _fleeces(fleeces: list[tuple[str, FleeceView]]) -> Iterator[Metric]:
     temp = gauge("temp_bytes", "Old data that the temp image holds.")
     peak = gauge("temp_peak_bytes", "The most that it held.")
     limit = gauge("temp_limit_bytes", "The most that it may hold, where there is a limit.")
+    room = gauge("temp_room_bytes", "What its file system has left for it, above the reserve.")
     in_flight = gauge("copies_in_flight", "Copies of old data in flight.")
     clients = gauge("clients", "Clients of the fleecing export.")
     longest = gauge("guest_wait_max_seconds", "The longest wait of a guest write.")
@@ -144,6 +145,11 @@ def _fleeces(fleeces: list[tuple[str, FleeceView]]) -> Iterator[Metric]:
         "Waits of guest writes for old data to be kept.",
         labels=_FLEECE,
     )
+    throttled = SummaryMetricFamily(
+        "fleecenbd_fleece_throttled_seconds",
+        "Delays of guest writes because the temp image was nearly full.",
+        labels=_FLEECE,
+    )
     for session, fleece in fleeces:
         labels = [session, fleece.disk]
         accessible.add_metric(labels, fleece.accessible)
@@ -152,14 +158,17 @@ def _fleeces(fleeces: list[tuple[str, FleeceView]]) -> Iterator[Metric]:
         peak.add_metric(labels, fleece.temp.peak)
         if fleece.temp.limit is not None:
             limit.add_metric(labels, fleece.temp.limit)
+        if fleece.temp.room is not None:
+            room.add_metric(labels, fleece.temp.room)
         in_flight.add_metric(labels, fleece.copies.in_flight)
         clients.add_metric(labels, len(fleece.clients))
         wait = fleece.guest_wait
         longest.add_metric(labels, wait.max)
         p99.add_metric(labels, wait.p99)
         waits.add_metric(labels, wait.count, wait.mean * wait.count)
+        throttled.add_metric(labels, wait.throttled, wait.throttled_time)
         copied.add_metric(labels, fleece.copied)
         for result in ("done", "cancelled", "failed"):
             copies.add_metric([*labels, result], getattr(fleece.copies, result))
-    yield from (accessible, released, temp, peak, limit, in_flight, clients, longest, p99)
-    yield from (copied, copies, waits)
+    yield from (accessible, released, temp, peak, limit, room, in_flight, clients, longest, p99)
+    yield from (copied, copies, waits, throttled)

@@ -1,0 +1,40 @@
+"""An active image whose size others change: what that is the end of."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from fleecenbd.engine.recording import RecordingBitmap
+from fleecenbd.storage.device import Resizable
+
+if TYPE_CHECKING:
+    from fleecenbd.engine.disk import Disk
+
+
+def resized(disk: Disk, size: int) -> list[RecordingBitmap]:
+    """The disk's image has so many bytes now. Where these are not the disk's, there is no point in
+    time any more: all sessions break, and bitmaps are lost; returns those that were not before.
+    """
+    disk.image_size = size
+    if isinstance(disk.device, Resizable):
+        disk.device.limit(size if size < disk.size else None)
+    if size == disk.size:
+        return []
+    why = f"the image of {disk.name} changed its size from {disk.size} to {size} bytes"
+    for fleece in list(disk.fleeces):
+        fleece.state.break_session(why)
+    lost = [bitmap for bitmap in disk.bitmaps.values() if bitmap.lost is None]
+    for bitmap in lost:
+        bitmap.lost = why
+    return lost
+
+
+def check_size(disk: Disk) -> None:
+    """Raises OSError(EINVAL) while the image has another size than the disk."""
+    if disk.image_size != disk.size:
+        raise OSError(
+            errno.EINVAL,
+            f"the image of {disk.name} has {disk.image_size} bytes now, and {disk.size} when it "
+            "was opened; add the disk anew, or start the server again",
+        )
