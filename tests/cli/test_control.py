@@ -322,7 +322,11 @@ def test_a_name_that_is_none_is_wrong_usage(
         (("disk", "remove", "vdz"), 1, "there is no disk called 'vdz'"),
         (("session", "begin", "n", "--temp-limit", "lots"), 2, "--temp-limit: 'lots' is no size"),
         (("session", "begin", "n", "--ttl", "0"), 2, "--ttl: '0' is no time"),
-        (("session", "begin", "n", "--on-cbw-error", "x"), 2, "--on-cbw-error is one of break-snapshot"),
+        (
+            ("session", "begin", "n", "--on-cbw-error", "x"),
+            2,
+            "--on-cbw-error is one of break-snapshot",
+        ),
         (("session", "begin", "n", "--owner", "a", "--owner", "b"), 2, "it is given twice"),
         (("session", "begin"), 2, "see fleecenbd --help, fleecenbd session begin --help"),
         (("session",), 2, "Missing command"),

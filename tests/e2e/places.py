@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import nbd
 import pytest
@@ -52,12 +55,38 @@ def wait_for_end(pid: int) -> None:
         time.sleep(0.01)
 
 
-def is_backed_up(server: Serving, guest: RememberingGuest, folder: Path, name: str) -> None:
-    """A session over a guest that writes, pulled by us and by nbdcopy: its moment, byte by byte."""
+@contextmanager
+def listening(server: Serving) -> Iterator[list[dict[str, Any]]]:
+    """What happens, as it happens. The server is stopped at the end."""
+    control = Control(f"{server.unix}.control")
+    control.request("GET", "/v1/events")
+    answer = control.getresponse()
+    told: list[dict[str, Any]] = []
+
+    def listen() -> None:
+        while line := answer.readline():
+            if line.strip():
+                told.append(json.loads(line))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    try:
+        yield told
+    finally:
+        server.stop()
+        thread.join(TIMEOUT_S)
+        control.close()
+
+
+def is_backed_up(
+    server: Serving, guest: RememberingGuest, folder: Path, name: str, **begin: object
+) -> None:
+    """A session over a guest that writes, pulled by us and by nbdcopy: its moment, byte by byte.
+    ``begin``: fields of the call that begins it."""
     control = Control(f"{server.unix}.control")
     guest.wait(20)
     moment = Moment([guest])
-    control.call("PUT", f"sessions/{name}")
+    control.call("PUT", f"sessions/{name}", **begin)
     moment.is_over()
     guest.wait(20)
     copied = folder / f"{name}.copied.raw"

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +13,8 @@ import pytest
 
 from tests.controlling import Control
 from tests.disks import MIB
-from tests.e2e.places import TIMEOUT_S, backend_over, read_all
-from tests.serving import FLEECENBD, Serving, connected, run, serving, try_run
+from tests.e2e.places import TIMEOUT_S, backend_over, listening, read_all
+from tests.serving import FLEECENBD, connected, run, serving, try_run
 from tests.storage.kinds import HAS_LOOP_DEVICES, loop_device
 
 SIZE = 8 * MIB
@@ -29,29 +25,6 @@ def image(tmp_path: Path) -> Path:
     path = tmp_path / "vda.raw"
     path.write_bytes(os.urandom(SIZE))
     return path
-
-
-@contextmanager
-def _events(server: Serving) -> Iterator[list[dict[str, Any]]]:
-    """What happens, as it happens."""
-    control = Control(f"{server.unix}.control")
-    control.request("GET", "/v1/events")
-    answer = control.getresponse()
-    told: list[dict[str, Any]] = []
-
-    def listen() -> None:
-        while line := answer.readline():
-            if line.strip():
-                told.append(json.loads(line))
-
-    thread = threading.Thread(target=listen)
-    thread.start()
-    try:
-        yield told
-    finally:
-        server.stop()
-        thread.join(TIMEOUT_S)
-        control.close()
 
 
 def _wait_for_size(control: Control, size: int) -> dict[str, Any]:
@@ -69,7 +42,7 @@ def test_an_image_that_shrinks_and_comes_back(
     tmp_path: Path, image: Path, words: tuple[str, ...]
 ) -> None:
     content = image.read_bytes()
-    with serving(tmp_path, image, *words) as server, _events(server) as told:
+    with serving(tmp_path, image, *words) as server, listening(server) as told:
         control = Control(f"{server.unix}.control")
         control.call("PUT", "sessions/n", bitmap="chain", on_cbw_error="break-guest-write")
         with connected(server.uri("vda")) as guest, connected(server.uri("vda@n")) as backup:

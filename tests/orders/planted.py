@@ -1,6 +1,7 @@
 """Planted bugs against every order: which scenario catches each, after how many states.
 
-The bugs are those of the simulation (tests/simulation/planted.py), wrong readings of the rules that
+The bugs are those of the simulation (tests/simulation/planted.py) but for those of room.py, which
+are about seconds and bytes, and not about orders; wrong readings of the rules that
 were once tried on an executable model of them, and some that need an order of events so particular
 that seeds seldom meet it.
 """
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tests.simulation import engine, mutations
-from tests.simulation.planted import PLANTED, PlantedBug
+from tests.simulation.planted import PLANTED, ROOM, PlantedBug
 
 from .explorer import explore
 from .scenario import Scenario
@@ -257,7 +258,7 @@ FROM_THE_MODEL = (
     ),
 )
 
-BUGS = (*PLANTED, *FROM_THE_MODEL, *ORDERS_ONLY)
+BUGS = (*(bug for bug in PLANTED if bug not in ROOM), *FROM_THE_MODEL, *ORDERS_ONLY)
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,8 @@ async def controller(world: World, plan: SessionPlan) -> None:
     watches = [world.checkers.by_temp[fleece.temp] for fleece in session.fleeces]
     for watch in watches:
         watch.session = session
+        if world.room is not None and plan.reserve_clusters:
+            world.spawn(world.room.look(watch), f"room of {watch.name}")
         for actor, count in (
             (pull, plan.pulls),
             (trimmer, plan.trimmers),
@@ -241,7 +243,10 @@ def _check_arming_failed(
     violation = world.checkers.violation
     # Held by this arming, or by another before it.
     timed_out = error.errno == errno.ETIMEDOUT and held_s > plan.deadline_s - 1e-6
-    if not timed_out and not plan.make_temp_fails:
+    no_room = error.errno == errno.ENOSPC and plan.reserve_clusters and world.room is not None
+    if no_room:
+        world.met["armings without room"] += 1
+    if not timed_out and not plan.make_temp_fails and not no_room:
         violation(f"X: arming {plan.name} failed without a cause: {error}")
     if any(not temp.closed for temp in temps):
         violation(f"S: arming {plan.name} failed and left a temp image open")

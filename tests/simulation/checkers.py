@@ -20,6 +20,7 @@ from bitarray import bitarray
 from .calls import CHANGES, Call
 from .devices import SimDevice
 from .history import GuestWrite
+from .room import SimTempInRoom
 from .watch import FleeceWatch
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class Checkers:
         access, copy, done = fleece.access.bits, fleece.copy.bits, fleece.done.bits
         in_flight = [(c.first, c.end) for c in watch.state.copies]
         key = (access.tobytes(), copy.tobytes(), done.tobytes())
+        if isinstance(watch.temp, SimTempInRoom):
+            self._check_room(watch, watch.temp)
         if key == watch.key and in_flight == watch.ranges_in_flight:
             return
         watch.key = key
@@ -123,6 +126,21 @@ class Checkers:
             self._access_shrank(watch, access)
         watch.ranges_in_flight = in_flight
         self.would_return(watch)
+
+    def _check_room(self, watch: FleeceWatch, temp: SimTempInRoom) -> None:
+        """No more is charged than the file system had above its reserve, when it was asked."""
+        charged = watch.state.charged.bits
+        new = (charged & ~watch.charged_seen).count(1)
+        watch.charged_seen = bitarray(charged)
+        if not new or not watch.plan.reserve_clusters:
+            return
+        temp.note_charged(new)
+        left = max(0, temp.known - (watch.plan.reserve_clusters << watch.shift)) >> watch.shift
+        if temp.charged > left:
+            self.violation(
+                f"S: {watch.name}: {temp.charged} clusters charged since its file system had "
+                f"{left} above its reserve"
+            )
 
     def _access_shrank(self, watch: FleeceWatch, access: bitarray) -> None:
         if (access & ~watch.access_seen).any():
@@ -166,14 +184,19 @@ class Checkers:
             self.world.log(f"{watch.name} finished")
 
     def _check_cause(self, watch: FleeceWatch) -> None:
-        if watch.plan.on_cbw_error != "break-snapshot":
+        if watch.plan.on_cbw_error == "break-guest-write":
             self.violation(f"X: {watch.name} broke under break-guest-write")
+        temp = watch.temp
+        if isinstance(temp, SimTempInRoom) and "are its reserve" in watch.fleece.broken:
+            self.met["breaks for want of room"] += 1
+            if temp.answered_at < min(request.sent_at for request in watch.disk.pending):
+                self.violation(f"X: {watch.name} broke, and nobody had asked for room again")
         if not self.has_cause(watch, watch.disk.pending):
             self.violation(f"X: {watch.name} broke without a cause: {watch.fleece.broken}")
 
     def has_cause(self, watch: FleeceWatch, requests: list[GuestRequest]) -> bool:
         """Did anything happen for which a fleece may break, or one of these requests fail?"""
-        if watch.limit is not None:
+        if watch.limit is not None or watch.plan.reserve_clusters:
             return True
         for request in requests:
             first, end = watch.span(request.offset, request.length)
@@ -361,6 +384,7 @@ class Checkers:
         self.met["frozen waits"] += stats.frozen_waits
         self.met["timeouts"] += stats.timeouts
         self.met["limits hit"] += stats.limit_hits
+        self.met["guest requests throttled"] += stats.throttled
         self.met["partial releases"] += stats.part_trims
         if watch.dead_at is not None:
             if not watch.temp.closed:

@@ -19,6 +19,7 @@ LIMITS = {
     "WRITE_NOW_LENGTH_MAX": "disk",
     "PIECE_LENGTH_MAX": "disk",
     "TRIM_PART_MIN": "disk",
+    "LOW": "room",
     "STATUS_WINDOW": "extents",
     "STATUS_EXTENTS_MAX": "extents",
 }
@@ -39,13 +40,13 @@ class Engine:
     modules: Mapping[str, ModuleType]
     """The modules of LIMITS, and OTHERS."""
 
-    def limit(self, name: str) -> int:
+    def limit(self, name: str) -> float:
         """The value of a limit now."""
-        value: int = getattr(self.modules[LIMITS[name]], name)
+        value: float = getattr(self.modules[LIMITS[name]], name)
         return value
 
     @contextmanager
-    def with_limits(self, limits: Mapping[str, int]) -> Iterator[None]:
+    def with_limits(self, limits: Mapping[str, float]) -> Iterator[None]:
         """The engine with other limits, for as long as a run lasts."""
         saved = {name: self.limit(name) for name in limits}
         try:

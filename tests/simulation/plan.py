@@ -56,6 +56,8 @@ class SessionPlan:
     mappers: int
     vanish_chance: float
     readers_once: int = 0
+    reserve_clusters: int = 0
+    """What the temp images' file system keeps; 0: nobody asks it."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,32 @@ class Plan:
     """Chance that a client tries ``*_now`` before it awaits."""
     disks: tuple[DiskPlan, ...]
     sessions: tuple[SessionPlan, ...]
-    limits: dict[str, int]
+    limits: dict[str, float]
     """Limits of the engine that are lowered for this run (engine.LIMITS)."""
     reacts: float
     """Chance that a device call makes somebody do something about its range, while it lasts."""
     reactions_max: int
+    room: RoomPlan | None = None
+
+
+@dataclass(frozen=True)
+class RoomPlan:
+    """The file system of all temp images, which others use, too."""
+
+    size: int
+    """Bytes."""
+    unit: int
+    """Bytes that others take and give back at a time."""
+    others: int
+    """How often they do."""
+    pause_s: float
+    """How long they wait in between, at most."""
+    latency_s: float
+    """How long a question for its room takes, at most."""
+    hangs: float
+    """Chance that a question takes very long."""
+    look_s: float
+    """How often the sessions ask by themselves."""
 
 
 KINDS = ("calm", "hung temp", "failing temp", "failing active", "crowd", "races", "limit", "long")
@@ -106,7 +129,55 @@ def draw(seed: int) -> Plan:
     limits = _limits(rng, disks[0].unit) if rng.random() < 0.5 else {}
     if clones["clones"]:
         limits["CLONE_LENGTH_MIN"] = disks[0].unit * random.Random(f"long {seed}").choice((1, 2))
-    return Plan(seed, kind, now_chance, disks, sessions, limits, reacts, reactions_max=100)
+    plan = Plan(seed, kind, now_chance, disks, sessions, limits, reacts, reactions_max=100)
+    rng = random.Random(f"full {seed}")
+    return _full(plan, rng) if rng.random() < 0.25 else plan
+
+
+def _full(plan: Plan, rng: random.Random) -> Plan:
+    """The same, where temp images have a limit or a reserve, and most sessions throttle."""
+    unit = max(disk.unit for disk in plan.disks)
+    clusters = sum(-(-disk.size // unit) for disk in plan.disks)
+    # Either the reserve matters, and is asked for all the time, or limits, delays and timers do.
+    is_tight = rng.random() < 0.5
+    reserve = rng.choice((1, 2, 4)) if is_tight else rng.choice((0, 0, 1))
+    limit_max = 2 + clusters // len(plan.disks)
+    short_s = rng.choice((0.05, 0.15, None))
+    sessions = []
+    for session in plan.sessions:
+        profile = replace(session.temp_profile, space_max=None)
+        timeout_s = rng.choice((session.cbw_timeout_s, 1.0, 20.0))
+        limit = None
+        if not is_tight:
+            limit = rng.randrange(2, 1 + limit_max)
+            if short_s is not None:
+                timeout_s = short_s
+                profile = replace(profile, hang={"write": 0.4}, late_chance=0.5, late_s=30.0)
+        sessions.append(
+            replace(
+                session,
+                on_cbw_error=rng.choice(("throttle", "throttle", session.on_cbw_error)),
+                temp_limit_clusters=limit,
+                reserve_clusters=reserve,
+                cbw_timeout_s=timeout_s,
+                temp_profile=profile,
+                lives_s=rng.choice((session.lives_s, 2.0, None)),
+                trimmers=rng.choice((0, 0, 1)),
+                pull_trims=rng.choice((0.0, 0.1, 0.3)),
+                readers_once=0,
+            )
+        )
+    room = RoomPlan(
+        size=unit * (reserve + 2 + rng.randrange(1, 2 + clusters)),
+        unit=unit,
+        others=rng.choice((0, 5, 30)),
+        pause_s=rng.choice((0.01, 0.02, 0.1)),
+        latency_s=rng.choice((0.001, 0.02, 0.2)),
+        hangs=rng.choice((0.0, 0.0, 0.1)),
+        look_s=rng.choice((0.01, 0.05, 1.0)),
+    )
+    limits = {**plan.limits, "LOW": rng.choice((0.0, 0.0, 0.3, 0.8))}
+    return replace(plan, kind="full", sessions=tuple(sessions), room=room, limits=limits)
 
 
 def _clones(rng: random.Random) -> dict[str, float]:

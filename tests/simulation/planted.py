@@ -32,6 +32,51 @@ _CLAIM_LOOP = """\
             while not state.dead:
 """
 
+# Caught by seeds of the kind "full" only: a file system with a reserve, limits, throttle.
+ROOM = (
+    _bug(
+        "a delay is not ended by a release",
+        "copy_before_write",
+        (
+            "is_delayed = True\n            await state.guests.wait(first, end, until)",
+            "is_delayed = True\n            await asyncio.sleep(until - loop.time())",
+        ),
+    ),
+    _bug(
+        "a delay is no part of the request's time",
+        "copy_before_write",
+        (
+            "throttled_s += loop.time() - started\n        return started",
+            "throttled_s += loop.time() - started\n        return loop.time()",
+        ),
+    ),
+    _bug(
+        "a delay may take all of the request's time",
+        "copy_before_write",
+        ("until = started + min(most, state.room.delay_s())", "until = started + 0.1"),
+    ),
+    _bug(
+        "what is charged is not counted down",
+        "state",
+        ("room.left = left - new", "pass"),
+    ),
+    _bug(
+        "what is charged while the file system answers is forgotten",
+        "room",
+        (">> self._state.shift) - self.during", ">> self._state.shift)"),
+    ),
+    _bug(
+        "a copy without room does not ask again",
+        "room",
+        ("            await self.look()\n            try:", "            try:"),
+    ),
+    _bug(
+        "the reserve is given away",
+        "room",
+        ("self.left = (max(0, free - self.reserve)", "self.left = (free"),
+    ),
+)
+
 GUEST_SIDE = (
     _bug(
         "a guest does not wait for frozen reads",
@@ -536,4 +581,4 @@ ACTIVE_IMAGE = (
     ),
 )
 
-PLANTED = (*GUEST_SIDE, *COPYING, *BACKUP_SIDE, *RELEASING, *ARMING, *ACTIVE_IMAGE)
+PLANTED = (*GUEST_SIDE, *COPYING, *BACKUP_SIDE, *RELEASING, *ARMING, *ACTIVE_IMAGE, *ROOM)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .calls import CHANGES
+from .room import SimTempInRoom
 from .watch import FleeceWatch
 
 if TYPE_CHECKING:
@@ -45,8 +46,31 @@ class WaitChecker:
         if any(call.request is request for call in disk.device.calls):
             return True
         return any(
-            watch.dead_at is None and self._holds_up(watch, request) for watch in disk.watches
+            watch.dead_at is None
+            and (self._holds_up(watch, request) or self._delays(watch, request))
+            for watch in disk.watches
         )
+
+    def _delays(self, watch: FleeceWatch, request: GuestRequest) -> bool:
+        """Under throttle: only what would copy, as long as the temp image is nearly full, and for
+        a tenth of a second each time."""
+        if watch.plan.on_cbw_error != "throttle":
+            return False
+        first, end = watch.span(request.offset, request.length)
+        if watch.fleece.copy.bits.find(1, first, end) < 0:
+            return False
+        limit = watch.limit
+        used = watch.state.charged.bits.count(1) << watch.shift
+        if limit is None and not watch.plan.reserve_clusters:
+            return False
+        if (
+            limit is not None
+            and not watch.plan.reserve_clusters
+            and used <= self._world.engine.limit("LOW") * limit
+        ):
+            return False
+        waited = self._world.loop.time() - max(request.sent_at, watch.installed_at)
+        return waited <= request.pieces * (0.1 + max(0.0, request.timers_s)) + 1e-6
 
     def _holds_up(self, watch: FleeceWatch, request: GuestRequest) -> bool:
         first, end = watch.span(request.offset, request.length)
@@ -57,10 +81,15 @@ class WaitChecker:
             if low < high and access.find(1, low, high) >= 0:
                 start = copy.first << watch.shift
                 stop = copy.end << watch.shift
-                if len(copies) > self._world.engine.limit("COPIES_MAX") or any(
-                    call.offset < stop and start < call.end
-                    for device in (watch.temp, watch.disk.device)
-                    for call in device.calls
+                asks = isinstance(watch.temp, SimTempInRoom) and watch.temp.asking
+                if (
+                    asks
+                    or len(copies) > self._world.engine.limit("COPIES_MAX")
+                    or any(
+                        call.offset < stop and start < call.end
+                        for device in (watch.temp, watch.disk.device)
+                        for call in device.calls
+                    )
                 ):
                     return True
         for call in watch.disk.device.calls:

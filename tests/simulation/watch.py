@@ -43,6 +43,7 @@ class FleeceWatch:
         self.dead_at: float | None = None
         self.session: Any = None
         self.ranges_in_flight: list[tuple[int, int]] = []
+        self.charged_seen = bitarray(self.state.charged.bits)
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from . import actors, engine, reactions
@@ -18,6 +19,7 @@ from .history import History
 from .loop import Spinning, VirtualLoop
 from .plan import DiskPlan, Plan, SessionPlan, draw
 from .requests import ClientRequest, GuestRead, GuestRequest
+from .room import SimRoom, SimTempInRoom
 from .waits import WaitChecker
 from .watch import FleeceWatch
 
@@ -108,6 +110,7 @@ class World:
         self.clients_pending: list[ClientRequest] = []
         self.armings_pending: list[SessionPlan] = []
         self.reactions_left = plan.reactions_max
+        self.room = None if plan.room is None else SimRoom(self, plan.room)
         self._ticks = itertools.count(1)
         self._names: Counter[str] = Counter()
         self.disks = [self._make_disk(disk) for disk in plan.disks]
@@ -133,7 +136,8 @@ class World:
     def make_temp(self, plan: SessionPlan, engine_disk: Any, cluster_size: int) -> SimDevice:
         """An empty temp image, as large as the disk rounded up to whole clusters."""
         name = f"temp {engine_disk.name}@{plan.name}"
-        temp = SimDevice(
+        kind = SimDevice if self.room is None else partial(SimTempInRoom, filesystem=self.room)
+        temp: SimDevice = kind(
             self.loop,
             random.Random(f"device {self.plan.seed} {name}"),
             self.checkers,
@@ -158,6 +162,7 @@ class World:
             on_cbw_error=plan.on_cbw_error,
             cbw_timeout_s=plan.cbw_timeout_s,
             temp_limit=None if limit is None else limit * plan.cluster_size,
+            temp_reserve=plan.reserve_clusters * plan.cluster_size,
             cluster_size=plan.cluster_size,
         )
         session: Awaitable[Any] = self.engine.arm(
@@ -230,6 +235,8 @@ class World:
             if disk.plan.guests:
                 mapper = actors.guest_mapper(self, disk, disk.plan)
                 self.spawn(mapper, f"guest mapper {disk.name}")
+        if self.room is not None:
+            self.spawn(self.room.use(), "others")
         for session in self.plan.sessions:
             self.spawn(actors.controller(self, session), f"controller {session.name}")
         try:
