@@ -11,6 +11,8 @@ With ``--temps``: what each kind of temp image costs, of a raw disk, beside a ra
     qcow2    a qcow2 file, kept by the server's qemu-storage-daemon; with clusters of 4 and 64 KiB
     nbd      a sparse file behind an nbdkit on a Unix socket
 
+With ``--throttle``: what that policy costs while the temp image is far from full.
+
 All in memory. In each round the kinds take turns, in an order drawn anew; a row is a guest's random
 4 KiB requests, or a pull of the fleecing export by nbdcopy. Told are medians, and medians of the
 ratios to raw within a round.
@@ -59,6 +61,13 @@ def _disk(kind: str, folder: Path, raw: Path) -> Iterator[Place]:
 def _temp(kind: str, folder: Path, raw: Path) -> Iterator[Place]:
     if kind == "raw":
         yield raw, (), None
+    elif kind == "throttle":
+        # The limit is far away: nothing is to be delayed.
+        yield (
+            raw,
+            ("--on-cbw-error", "throttle", "--temp-limit", str(16 * raw.stat().st_size)),
+            None,
+        )
     elif kind == "prealloc":
         yield raw, ("--temp-prealloc",), None
     elif kind == "qcow2":
@@ -102,8 +111,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mib", type=int, default=128)
     parser.add_argument("--temps", action="store_true", help="temp images, and not disks")
+    parser.add_argument("--throttle", action="store_true", help="that policy, below its mark")
     asked = parser.parse_args()
-    kinds, place = (TEMPS, _temp) if asked.temps else (DISKS, _disk)
+    kinds: tuple[str, ...] = TEMPS if asked.temps else DISKS
+    place = _temp if asked.temps else _disk
+    if asked.throttle:
+        kinds, place = ("raw", "throttle"), _temp
     size = asked.mib * MIB
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     dice = random.Random(1)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What happens when the temp image fills up: three times the same, over a small disk of its own.
+# What happens when the temp image fills up: four times the same, over a small disk of its own.
 #
 #   examples/temp-image-full.sh
 #
@@ -11,6 +11,8 @@
 #                      EIO, never wrong data. A new session, a new backup.
 #   break-guest-write  the session stays good, and the guest's write fails with EIO until there is
 #                      space again. Most guests do not take that well.
+#   throttle           as break-snapshot, but the fuller the temp image is, the longer the guest's
+#                      writes wait (100 ms at most), so that the backup can keep up.
 #
 # A backup that TRIMs what it has stored frees space as it goes: then nothing fills up at all.
 #
@@ -34,7 +36,7 @@ serve() {
     export before="$work/before.raw" script="$prelude$2"
     # shellcheck disable=SC2016  # for the shell of --run to expand
     fleecenbd serve "$work/vm.raw" --begin nightly --state-dir "$work/state" \
-        --temp-limit 1M --on-cbw-error "$1" --run 'nbdsh -c "$script"'
+        --temp-limit 1M --temp-reserve none --on-cbw-error "$1" --run 'nbdsh -c "$script"'
 }
 
 # shellcheck disable=SC2016  # Python's quotes, not the shell's
@@ -100,5 +102,24 @@ for offset in range(0, 2 << 20, STEP):
     backup.trim(STEP, offset)
 print("  backup: has released the first 2048 KiB: nobody needs their old data any more")
 expect(overwrite(2 << 20) is None)
+expect(read(STEP, 3 << 20) is None)
+'
+
+echo "4. throttle: the last fifth takes its time, and a backup that has caught up ends that"
+serve throttle '
+import time
+
+def timed(count):
+    began = time.monotonic()
+    expect(overwrite(count) is None)
+    took = time.monotonic() - began
+    print(f"    in {took * 1000:.0f} ms")
+    return took
+
+expect(timed(768 << 10) < timed(1 << 20))  # the first three quarters are written once only
+expect(read(1 << 20, 0) is None)
+print("  backup: TRIM of the first 1024 KiB")
+backup.trim(1 << 20, 0)
+expect(timed(1 << 20) < 0.1)
 expect(read(STEP, 3 << 20) is None)
 '
