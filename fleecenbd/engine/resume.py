@@ -25,8 +25,9 @@ from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.own_bits import OwnBits
 from fleecenbd.engine.recording import RecordingBitmap, Since, scaled
+from fleecenbd.engine.room import holds_space
 from fleecenbd.engine.session import Session, SessionOptions
-from fleecenbd.engine.state import FleeceState, holds_space
+from fleecenbd.engine.state import FleeceState
 from fleecenbd.engine.store import FleeceBits
 from fleecenbd.storage.device import EXTENT_HOLE, EXTENT_ZERO, Buffer, Data, Device, Extent
 

@@ -20,7 +20,7 @@ import errno
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from fleecenbd.storage.device import Device, Roomy
+from fleecenbd.storage.device import Device, HoldingSpace, Roomy
 
 if TYPE_CHECKING:
     from fleecenbd.engine.state import FleeceState
@@ -43,6 +43,11 @@ def default_reserve(total: int) -> int:
     return max(RESERVE_MIN, int(total * RESERVE_SHARE))
 
 
+def holds_space(temp: Device) -> bool:
+    """Whether a temp image's space was taken in advance."""
+    return isinstance(temp, HoldingSpace) and temp.holds_space
+
+
 class NoRoom(OSError):
     """The temp image's file system had nothing left above its reserve, when it was looked at."""
 
@@ -50,21 +55,22 @@ class NoRoom(OSError):
 async def room_of(
     temp: Device, reserve: int | None, cluster_size: int, label: str
 ) -> tuple[int, int]:
-    """What ``Roomy.room`` says of a new temp image; (0, 0) where nobody is asked.
+    """What ``Roomy.room`` says of a new temp image; (0, 0) where nobody is asked any more.
 
-    Raises OSError; ENOSPC where there is no room for a cluster.
+    Raises OSError; ENOSPC where there is no room for a cluster, or where the image has taken its
+    space in advance, and of the reserve.
     """
     if reserve == 0 or not isinstance(temp, Roomy):
         return 0, 0
     free, total = await temp.room()
     kept = default_reserve(total) if reserve is None else reserve
-    if total and free - kept < cluster_size:
+    if total and free - kept < (0 if holds_space(temp) else cluster_size):
         raise OSError(
             errno.ENOSPC,
             f"{label}: the temp image's file system has {free} bytes free of {total}, and {kept} "
             "are its reserve: choose another one (--temp-dir), or another reserve (--temp-reserve)",
         )
-    return free, total
+    return (0, 0) if holds_space(temp) else (free, total)
 
 
 class Room:
@@ -75,7 +81,9 @@ class Room:
         self._state = state
         self._asked = reserve
         target = state.target
-        self._target = target if isinstance(target, Roomy) and reserve != 0 else None
+        self._target: Roomy | None = None
+        if reserve != 0 and isinstance(target, Roomy) and not holds_space(target):
+            self._target = target
         self.left: int | None = None
         """Clusters. Looked at and counted down by ``FleeceState.charge``."""
         self.free = 0

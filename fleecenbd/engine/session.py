@@ -15,14 +15,13 @@ from fleecenbd.engine.ids import random_uuid
 from fleecenbd.engine.own_bits import BitmapClaim, OwnBits
 from fleecenbd.engine.recording import BitmapRequest, Since, scaled
 from fleecenbd.engine.resizing import check_size
-from fleecenbd.engine.room import room_of
+from fleecenbd.engine.room import holds_space, room_of
 from fleecenbd.engine.state import (
     BITMAP_CLUSTERS_MAX,
     BREAK_SNAPSHOT,
     CLUSTER_SIZE_MIN,
     POLICIES,
     FleeceState,
-    holds_space,
 )
 from fleecenbd.engine.store import MEMORY, FleeceBits, Store
 from fleecenbd.storage.device import Device

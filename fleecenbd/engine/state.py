@@ -36,7 +36,7 @@ from fleecenbd.engine.room import Room
 from fleecenbd.engine.shared_read import SharedRead
 from fleecenbd.engine.store import FleeceBits, MemoryFleeceBits
 from fleecenbd.engine.wait_times import WaitTimes
-from fleecenbd.storage.device import Device, HoldingSpace, Losable
+from fleecenbd.storage.device import Device, Losable
 
 BREAK_SNAPSHOT = "break-snapshot"
 """on_cbw_error: the session breaks, the guest's write goes on."""
@@ -138,11 +138,6 @@ class FrozenRead(RangeRequest):
         if self.asked is None:
             return access.find(0, self.first, self.end) < 0
         return (self.asked[low - self.first : high - self.first] & access[low:high]).any()
-
-
-def holds_space(temp: Device) -> bool:
-    """Whether a temp image's space was taken in advance."""
-    return isinstance(temp, HoldingSpace) and temp.holds_space
 
 
 class FleeceState:

@@ -18,6 +18,7 @@ from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fleecenbd.engine.disk import Disk
+from fleecenbd.storage.device import Losable
 
 if TYPE_CHECKING:
     from fleecenbd.server.server import Server
@@ -28,11 +29,21 @@ STOP_DEADLINE_S = 10.0
 """Seconds that requests in flight have to end when the server stops."""
 CLOSE_DEADLINE_S = 1.0
 """Seconds after that for the last replies to leave, and again for images to be closed."""
+TEMPS_DEADLINE_S = 5.0
+"""Seconds for temp images that others keep to give back their space: guests wait for the next
+server meanwhile."""
 
 
 async def stop_server(server: Server, *, deadline_s: float) -> bool:
     """``Server.stop``."""
     server.stop_listening()
+    # Those that others keep: their space is given back, as that of a file is by itself.
+    temps = [
+        fleece.temp
+        for session in server.sessions.values()
+        for fleece in session.fleeces
+        if isinstance(fleece.temp, Losable)
+    ]
     connections = list(server.clients.connections)
     if server.store is None or server.end_sessions:
         # Backups first: a guest must not wait for a session that nobody will read any more.
@@ -63,6 +74,8 @@ async def stop_server(server: Server, *, deadline_s: float) -> bool:
     if server.store is not None:
         closes.append(server.store.wait_closed())
     await _within(CLOSE_DEADLINE_S, [*closes, server.records_settled()])
+    if not await _within(TEMPS_DEADLINE_S, [temp.wait_closed() for temp in temps]):
+        logger.warning("not all temp images are closed: what they hold may stay")
     return all_synced
 
 

@@ -148,6 +148,9 @@ class Losable(Protocol):
     on_lost: Callable[[str], None] | None
     """Called with the reason once nothing that it held can be trusted, or read, any more."""
 
+    async def wait_closed(self) -> None:
+        """As Device has it."""
+
 
 class ReadNow(Protocol):
     """Device.pread_now, as an attribute."""

@@ -169,10 +169,7 @@ class TempImage:
             raise
 
     async def room(self) -> tuple[int, int]:
-        """(bytes free, bytes in all) of its file system, for who is not root; (0, 0) where the
-        image has all of its space. Raises OSError."""
-        if self.holds_space:
-            return 0, 0
+        """(bytes free, bytes in all) of its file system, for who is not root. Raises OSError."""
         return await self._file.room()
 
     def used_bytes(self) -> int:

@@ -22,6 +22,7 @@ from contextlib import suppress
 from typing import Any
 
 from fleecenbd.storage.nbd_client import NbdClient
+from fleecenbd.storage.pool import ThreadPool
 from fleecenbd.storage.qemu import NODE, QemuChild, QemuDevice, serve_node
 from fleecenbd.storage.temp_remote import TempRemote
 
@@ -44,11 +45,12 @@ class TempQcow2(QemuDevice, TempRemote):
     def __init__(self, client: NbdClient, child: QemuChild, name: str, **facts: Any) -> None:
         super().__init__(client, child, name, **facts)
         self._quit = child.kill
+        self._asking = ThreadPool(name, "room", size_max=1)
         self._showing = asyncio.get_running_loop().create_task(self._show(), name=f"show {name}")
 
     async def room(self) -> tuple[int, int]:
         """(bytes free, bytes in all) of its file's file system. Raises OSError."""
-        found = await asyncio.to_thread(os.statvfs, self.name)
+        found = await self._asking.run(os.statvfs, self.name)
         return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
 
     async def _show(self) -> None:
@@ -61,6 +63,7 @@ class TempQcow2(QemuDevice, TempRemote):
 
     async def _hang_up(self) -> None:
         self._showing.cancel()
+        self._asking.close()
         await super()._hang_up()
 
     def _has_ended(self, why: str) -> None:

@@ -376,10 +376,13 @@ def test_a_preallocated_temp_image_never_runs_out_of_space(tmp_path: Path) -> No
     with tmpfs(tmp_path / "small", SIZE + 4 * MIB) as small:
         with serving(tmp_path, disk, "--temp-dir", small, "--temp-prealloc") as server:
             control = Control(f"{server.unix}.control")
-            control.call("PUT", "sessions/n")
-            again = try_run(
-                FLEECENBD, "session", "begin", "m", "--control", f"{server.unix}.control"
-            )
+            begin = (FLEECENBD, "session", "begin", "--control", f"{server.unix}.control")
+            kept = try_run(*begin, "n")
+            assert kept.returncode == 1
+            assert f"and {1 << 30} are its reserve" in kept.stderr
+            assert list(small.iterdir()) == []
+            run(*begin, "n", "--temp-reserve", "4M")
+            again = try_run(*begin, "m", "--temp-reserve", "none")
             assert again.returncode == 1
             assert "there is no room to preallocate" in again.stderr
             assert "give another folder with --temp-dir" in again.stderr
@@ -525,3 +528,30 @@ def test_an_error_of_the_export_breaks_the_session_and_no_guest_write(tmp_path: 
         guest_now = RememberingGuest(server.uri("vda"), disk.read_bytes())
         with remembering(guest_now):
             is_backed_up(server, guest_now, tmp_path, "m")
+
+
+def test_a_server_that_stops_gives_back_what_an_export_held(tmp_path: Path) -> None:
+    content = os.urandom(SIZE)
+    disk = tmp_path / "vda.raw"
+    disk.write_bytes(content)
+    with _empty_backend(tmp_path) as backend:
+        for _ in range(2):
+            words = ("--begin", "n", "--temp", backend.uri)
+            with serving(tmp_path, disk, *words) as server:
+                session = Control(f"{server.unix}.control").call("GET", "sessions/n")
+                assert session["state"] == "active"
+                _write_all(server, content)
+                assert any(backend.image.read_bytes())
+            assert not any(backend.image.read_bytes())
+        # A server that is killed cannot; the next one is told that this can go.
+        with serving(tmp_path, disk, *words) as server:
+            _write_all(server, content)
+            server.kill()
+        refused = try_run(
+            *(FLEECENBD, "serve", disk, *words, "-U", tmp_path / "f.sock"),
+            *("--state-dir", tmp_path / "state"),
+        )
+        assert refused.returncode == 1
+        assert "--temp-overwrite" in refused.stderr
+        with serving(tmp_path, disk, *words, "--temp-overwrite") as server:
+            assert read_all(server.uri("vda@n")) == disk.read_bytes()
