@@ -88,7 +88,7 @@ class TempDirectory:
         try:
             temp = await make_qcow2(file.path, disk, cluster_size)
         except BaseException:
-            self._remove(file)
+            await asyncio.shield(self._remove(file))
             raise
         temp.on_closed = partial(self._remove, file)
         return temp
@@ -101,9 +101,9 @@ class TempDirectory:
         except OSError as error:
             raise self._with_way_out(error) from error
 
-    def _remove(self, file: OwnedFile) -> None:
-        with suppress(OSError):  # once closed, it is swept by the next one
-            self._pool.run(file.remove)
+    async def _remove(self, file: OwnedFile) -> None:
+        with suppress(OSError):  # what stays is removed when the next one is made
+            await self._pool.run(file.remove)
 
 
 def _close_made(making: asyncio.Future[Device]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Awaitable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,16 @@ _used: set[str] = set()
 """URIs of exports that hold a temp image of this process's."""
 
 
-async def make_qcow2(path: str, disk: Disk, cluster_size: int) -> TempQcow2:
+def make_qcow2(path: str, disk: Disk, cluster_size: int) -> Awaitable[TempQcow2]:
     """Over the disk, in an empty file that is there, and that is not removed. Raises OSError."""
     from fleecenbd.storage.temp_qcow2 import make_temp_qcow2
 
-    return await make_temp_qcow2(
-        path, disk.size, cluster_size=cluster_size, backing=backing_of(disk.device.name)
+    # Its child is in another folder.
+    return make_temp_qcow2(
+        os.path.abspath(path),
+        disk.size,
+        cluster_size=cluster_size,
+        backing=backing_of(disk.device.name),
     )
 
 

@@ -187,8 +187,8 @@ class QemuDevice(RemoteDevice):
         self, client: NbdClient, child: QemuChild, name: str, *, cluster: int, **facts: Any
     ) -> None:
         super().__init__(client, name, cluster=cluster, **facts)
-        self.on_closed: Callable[[], None] | None = None
-        """Called once the child has ended."""
+        self.on_closed: Callable[[], Awaitable[None] | None] | None = None
+        """Called once the child has ended; what it returns is waited for."""
         self._child = child
         self._quit: Callable[[], Awaitable[None]] = child.quit
         """What ends it; raises OSError."""
@@ -210,8 +210,8 @@ class QemuDevice(RemoteDevice):
         except OSError as error:
             logger.error("%s: %s", self.name, error.strerror)
         self._watching.cancel()
-        if self.on_closed is not None:
-            self.on_closed()
+        if self.on_closed is not None and (left := self.on_closed()) is not None:
+            await left
 
 
 async def open_qcow2(path: str, *, read_only: bool = False, name: str | None = None) -> QemuDevice:

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.skipif(not CAN_MOUNT, reason="needs root and loop devic
 SIZE = 32 * MIB + 512
 HOLE = range(8 * MIB, 12 * MIB)
 LONG = [(0, MIB), (2 * MIB, 512 << 10), (20 * MIB + 4096, MIB)]
+BEGIN = ("--begin", "nightly", "--temp-reserve", "none")
+"""On file systems that are smaller than the reserve is by default."""
 """(offset, length) of guest writes over data, of whole clusters, that are long enough to clone."""
 
 
@@ -44,7 +46,7 @@ def test_a_backup_over_shared_blocks_is_the_disk_at_its_moment(kind: str, tmp_pa
         image = folder / "vda.raw"
         content = _make_disk(image)
         places = blocks(image)
-        with serving(folder, f"vda={image}", "--begin", "nightly") as server:
+        with serving(folder, f"vda={image}", *BEGIN) as server:
             dice = random.Random(2)
             with connected(server.uri("vda")) as guest:
                 for offset, length in LONG:
@@ -75,7 +77,7 @@ def test_where_no_blocks_are_shared_the_session_is_none_the_worse(tmp_path: Path
     with mounted("xfs", tmp_path) as folder, mounted("xfs", tmp_path, "other") as other:
         image = other / "vda.raw"
         content = _make_disk(image)
-        with serving(folder, f"vda={image}", "--begin", "nightly") as server:
+        with serving(folder, f"vda={image}", *BEGIN) as server:
             with connected(server.uri("vda")) as guest:
                 for offset, length in LONG:
                     guest.pwrite(bytes(length), offset)
@@ -93,7 +95,7 @@ def test_while_space_is_short_the_temp_image_has_blocks_of_its_own(tmp_path: Pat
         with (folder / "filler").open("wb") as filler:
             os.posix_fallocate(filler.fileno(), 0, room.f_bavail * room.f_frsize - 48 * MIB)
         places = blocks(image)
-        with serving(folder, f"vda={image}", "--begin", "nightly") as server:
+        with serving(folder, f"vda={image}", *BEGIN) as server:
             with connected(server.uri("vda")) as guest:
                 for offset, length in LONG:
                     guest.pwrite(bytes(length), offset)

@@ -555,3 +555,23 @@ def test_a_server_that_stops_gives_back_what_an_export_held(tmp_path: Path) -> N
         assert "--temp-overwrite" in refused.stderr
         with serving(tmp_path, disk, *words, "--temp-overwrite") as server:
             assert read_all(server.uri("vda@n")) == disk.read_bytes()
+
+
+@pytest.mark.parametrize("words", [("--run", "true"), ("-U", "s.sock", "--run", "true")], ids=str)
+def test_a_state_directory_may_be_given_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    """The child is in another folder."""
+    make_disk(tmp_path / "vda.raw", MIB)
+    monkeypatch.chdir(tmp_path)
+    common = ("serve", "vda.raw", "--begin", "n", "--temp", "qcow2", "--state-dir", "state")
+    run(FLEECENBD, *common, *words)
+    assert not list(tmp_path.rglob("*.qcow2"))
+    with subprocess.Popen([FLEECENBD, *common, "-U", "l.sock"]) as server:
+        end = time.monotonic() + TIMEOUT_S
+        while not (tmp_path / "l.sock").exists():
+            assert time.monotonic() < end
+            assert server.poll() is None
+            time.sleep(0.01)
+        server.terminate()
+        assert server.wait(TIMEOUT_S) == 0

@@ -217,7 +217,8 @@ def _with_full_temp_image(tmp_path: Path, serving: Serve) -> Iterator[Serving]:
     mount = f'mount -t tmpfs -o size=512k tmpfs {tmp_path / "state"} && exec "$@"'
     user = () if os.geteuid() == 0 else ("--map-root-user",)
     prefix = ("unshare", "--mount", *user, "sh", "-c", mount, "sh")
-    with serving(tmp_path, disk, "--begin", "nightly", prefix=prefix) as server:
+    words = ("--begin", "nightly", "--temp-reserve", "none")
+    with serving(tmp_path, disk, *words, prefix=prefix) as server:
         with connected(server.uri("vm")) as guest, connected(server.uri("vm@nightly")) as backup:
             overwrite(guest, [(offset, 64 * KIB) for offset in range(0, 8 * MIB, 64 * KIB)])
             guest.flush()
