@@ -16,6 +16,7 @@ NBD = "nbd"
 DISK = "{disk}"
 SESSION = "{session}"
 
+_BRACES = re.compile(r"\{[^{}]*\}")
 _NBD_URI = re.compile(r"nbds?(\+unix|\+vsock)?://.")
 
 
@@ -37,6 +38,9 @@ class TempPlace:
         """Raises ValueError, in the words of the API: ``temp_dir`` is --temp-dir."""
         if self.temp not in (RAW, QCOW2) and not _NBD_URI.match(self.temp):
             raise ValueError(f"temp is {RAW}, {QCOW2} or an NBD URI, not {self.temp!r}")
+        for name in _BRACES.findall(self.temp):
+            if name not in (DISK, SESSION):
+                raise ValueError(f"temp: {name} stands for nothing; {DISK} and {SESSION} do")
         if self.directory is not None:
             if self.kind == NBD:
                 raise ValueError("temp_dir is for files, and temp is an NBD URI")

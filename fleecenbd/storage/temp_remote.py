@@ -48,8 +48,9 @@ class TempRemote(RemoteDevice):
             self.lose(error.strerror or str(error))
 
     def lose(self, why: str) -> None:
-        """Nothing that it held can be trusted any more."""
-        if self._is_closed or self.is_lost:
+        """Nothing that it held can be trusted any more. Told each time: the first one may have
+        been before there was anybody to tell."""
+        if self._is_closed:
             return
         self.is_lost = True
         if self.on_lost is not None:

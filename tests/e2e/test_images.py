@@ -25,6 +25,7 @@ from tests.e2e.places import (
 )
 from tests.remembering import RememberingGuest, remembering
 from tests.serving import FLEECENBD, connected, run, serving, try_run
+from tests.storage.kinds import HAS_LOOP_DEVICES, loop_device
 
 
 def _qcow2(folder: Path, *, name: str = "vda.qcow2") -> tuple[Path, bytes]:
@@ -297,3 +298,39 @@ def test_disks_of_every_kind_can_be_added_to_a_server_and_removed(tmp_path: Path
         run(FLEECENBD, "disk", "remove", "q", *control)
         wait_for_end(child)
         run(FLEECENBD, "disk", "remove", "r", *control)
+
+
+# -- raw disks: sizes, sectors, and the page cache -------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+@pytest.mark.parametrize("size", [8 * MIB + 512, 8 * MIB + 4095, 1234567])
+def test_an_image_of_any_size_is_backed_up_to_its_last_byte(
+    tmp_path: Path, cache: str, size: int
+) -> None:
+    path = make_disk(tmp_path / "vda.raw", size, islands=40)
+    with serving(tmp_path, path, "--cache", cache) as server:
+        guest = RememberingGuest(server.uri("vda"), path.read_bytes())
+        with remembering(guest):
+            is_backed_up(server, guest, tmp_path, "n")
+        now = read_all(server.uri("vda"))
+    assert path.read_bytes() == now
+
+
+@pytest.mark.skipif(not HAS_LOOP_DEVICES, reason="loop devices are root's")
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+@pytest.mark.parametrize("sector_size", [512, 4096])
+def test_a_block_device_of_any_sectors_is_backed_up(
+    tmp_path: Path, cache: str, sector_size: int
+) -> None:
+    path = make_disk(tmp_path / "image.raw", 8 * MIB + 4096, islands=40)
+    with (
+        loop_device(path, sector_size) as device,
+        serving(tmp_path, f"vda={device}", "--cache", cache) as server,
+    ):
+        guest = RememberingGuest(server.uri("vda"), path.read_bytes())
+        with remembering(guest):
+            is_backed_up(server, guest, tmp_path, "n")
+        now = read_all(server.uri("vda"))
+        server.stop()
+        assert path.read_bytes() == now

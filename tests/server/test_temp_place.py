@@ -37,6 +37,7 @@ def test_what_an_older_server_left_is_in_its_own_files() -> None:
         ({"temp": "nbd://"}, "not 'nbd://'"),
         ({"temp": "http://h/"}, "not 'http://h/'"),
         ({"temp": ""}, "not ''"),
+        ({"temp": "nbd://h/{vm}"}, "temp: {vm} stands for nothing; {disk} and {session} do"),
         ({"directory": "temps"}, "temp_dir is an absolute path, not 'temps'"),
         ({"directory": "/a\0b"}, "temp_dir is an absolute path"),
         ({"temp": "nbd://h", "directory": "/temps"}, "temp_dir is for files"),

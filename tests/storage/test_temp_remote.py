@@ -1,0 +1,159 @@
+"""Temp images at another server, beyond the contract suite: what is lost, freed, and given back."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from fleecenbd.storage import temp_remote
+from fleecenbd.storage.temp_remote import TempExport, open_temp_export
+
+from .scripted_nbd import (
+    BLOCK_STATUS,
+    NO_HOLE,
+    READ,
+    TRIM,
+    WRITE_ZEROES,
+    Connection,
+    Request,
+    ScriptedServer,
+    scripted,
+)
+
+SIZE = 1 << 20
+
+
+@asynccontextmanager
+async def _export(tmp_path: Path) -> AsyncIterator[tuple[ScriptedServer, TempExport]]:
+    async with asyncio.timeout(30), scripted(tmp_path) as server:
+        export = await open_temp_export(server.uri, SIZE, cluster_size=4096, overwrite=True)
+        server.requests.clear()
+        try:
+            yield server, export
+        finally:
+            export.close()
+            await export.wait_closed()
+
+
+async def test_a_trim_is_a_write_of_zeroes_that_may_punch_holes(tmp_path: Path) -> None:
+    async with _export(tmp_path) as (server, export):
+        await export.pwrite(8192, b"x" * 8192)
+        await export.trim(8192, 4096)
+        assert await export.pread(8192, 8192) == bytes(4096) + b"x" * 4096
+        kinds = [request.kind for request in server.requests]
+        assert TRIM not in kinds
+        (zeroes,) = [request for request in server.requests if request.kind == WRITE_ZEROES]
+        assert (zeroes.offset, zeroes.length, zeroes.flags & NO_HOLE) == (8192, 4096, 0)
+
+
+async def test_a_trim_that_fails_is_an_error(tmp_path: Path) -> None:
+    async with _export(tmp_path) as (server, export):
+
+        async def refuse(connection: Connection, request: Request) -> None:
+            connection.error(request, errno.EIO)
+
+        usual, server.answer = server.answer, refuse
+        with pytest.raises(OSError, match="Input/output"):
+            await export.trim(0, 4096)
+        assert not export.is_lost, "an error reply is an answer"
+        server.answer = usual
+
+
+async def test_one_connection_of_several_that_is_lost_loses_nothing(tmp_path: Path) -> None:
+    async with _export(tmp_path) as (server, export):
+        told: list[str] = []
+        export.on_lost = told.append
+        await export.pwrite(0, b"x" * 4096)
+        assert len(server.connections) > 1
+        server.connections[0].drop()
+        for _ in range(5):
+            assert await export.pread(0, 4096) == b"x" * 4096
+        assert told == []
+
+
+async def test_what_is_lost_before_anybody_is_to_be_told_is_told_later(tmp_path: Path) -> None:
+    async with _export(tmp_path) as (server, export):
+        await server.stop()
+        with pytest.raises(OSError, match="the connection is lost"):
+            await export.pread(0, 4096)
+        told: list[str] = []
+        export.on_lost = told.append
+        with pytest.raises(OSError, match="the connection is lost"):
+            await export.pwrite(0, b"x" * 4096)
+        assert len(told) == 1
+        assert "the connection is lost" in told[0]
+        await server.start()
+        with pytest.raises(OSError, match="the connection is lost"):
+            await export.pread(0, 4096)
+        assert not server.connections, "whoever answers now may have lost all of it"
+
+
+async def test_at_the_end_what_holds_data_is_given_back(tmp_path: Path) -> None:
+    async with asyncio.timeout(30), scripted(tmp_path) as server:
+        export = await open_temp_export(server.uri, SIZE, cluster_size=4096, overwrite=True)
+        await export.pwrite(8192, b"x" * 8192)
+
+        async def tell(connection: Connection, request: Request) -> None:
+            if request.kind == BLOCK_STATUS:
+                connection.status(request, (8192, 3), (8192, 0), (request.length - 16384, 3))
+            else:
+                await server.usual(connection, request)
+
+        server.answer = tell
+        server.requests.clear()
+        export.close()
+        await export.wait_closed()
+        zeroes = [r for r in server.requests if r.kind == WRITE_ZEROES]
+        assert [(r.offset, r.length) for r in zeroes] == [(8192, 8192)]
+        assert not any(server.disk)
+        with pytest.raises(OSError, match="closed"):
+            await export.pread(0, 4096)
+
+
+async def test_a_server_that_does_not_answer_at_the_end_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(temp_remote, "WIPE_S", 0.1)
+    async with asyncio.timeout(30), scripted(tmp_path) as server:
+        export = await open_temp_export(server.uri, SIZE, cluster_size=4096, overwrite=True)
+
+        async def hang(connection: Connection, request: Request) -> None:
+            await asyncio.Event().wait()
+
+        server.answer = hang
+        export.close()
+        await server.seen(len(server.requests) + 1)
+        await server.stop()
+        await export.wait_closed()
+    assert "what the temp image held could not be freed" in caplog.text
+
+
+async def test_what_may_hold_data_is_read_by_nobody_and_kept(tmp_path: Path) -> None:
+    async with asyncio.timeout(30), scripted(tmp_path) as server:
+        server.disk[5000] = 1
+        with pytest.raises(OSError, match="--temp-overwrite") as refused:
+            await open_temp_export(server.uri, SIZE, cluster_size=4096)
+        assert refused.value.errno == errno.EEXIST
+        assert server.disk[5000] == 1
+        server.contexts = ()
+        with pytest.raises(OSError, match="--temp-overwrite"):
+            await open_temp_export(server.uri, SIZE, cluster_size=4096)
+        assert READ not in [request.kind for request in server.requests]
+        while server.connections:
+            await server.change()
+
+
+async def test_an_export_must_hold_whole_clusters_of_its_own_blocks(tmp_path: Path) -> None:
+    async with asyncio.timeout(30), scripted(tmp_path) as server:
+        server.block_sizes = (512, 65536, 32 << 20)
+        with pytest.raises(OSError, match=f"has {SIZE} bytes, and .* needs {SIZE + 65536}"):
+            await open_temp_export(server.uri, SIZE + 1, cluster_size=4096, overwrite=True)
+        export = await open_temp_export(server.uri, SIZE - 1, cluster_size=4096, overwrite=True)
+        assert (export.size, export.hole_size) == (SIZE, 65536)
+        export.close()
+        await export.wait_closed()
