@@ -183,13 +183,14 @@ def _fleece_facts(disk: Mapping[str, Any]) -> Table:
         ("accessible", size(disk["accessible"])),
         ("released", size(disk["released"])),
         ("copied", size(disk["copied"])),
-        ("temp", f"{size(temp['now'])}, peak {size(temp['peak'])}, limit {size(temp['limit'])}"),
+        ("temp", _held(temp)),
         ("temp image", temp["image"]),
         ("copies", ", ".join(f"{copies[key]} {key.replace('_', ' ')}" for key in copies)),
         (
             "guest waits",
             f"{wait['count']}, mean {duration(wait['mean'])}, p99 {duration(wait['p99'])}, "
-            f"max {duration(wait['max'])}",
+            f"max {duration(wait['max'])}"
+            + (f", {wait['throttled']} throttled" if wait["throttled"] else ""),
         ),
         ("clients", ", ".join(disk["clients"]) or "-"),
         ("bitmap", None if own is None else _own_bitmap(own)),
@@ -198,6 +199,11 @@ def _fleece_facts(disk: Mapping[str, Any]) -> Table:
         if value is not None:
             facts.add_row(Text(name), Text(str(value)))
     return facts
+
+
+def _held(temp: Mapping[str, Any]) -> str:
+    text = f"{size(temp['now'])}, peak {size(temp['peak'])}, limit {size(temp['limit'])}"
+    return text if temp["room"] is None else f"{text}, room for {size(temp['room'])}"
 
 
 def _own_bitmap(own: Mapping[str, Any]) -> str:

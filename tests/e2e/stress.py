@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -54,13 +55,14 @@ class Counts:
     seconds: float = 0.0
 
 
-def one_run(folder: Path, seed: int, *, loops: int) -> Counts:
-    """One run as told above; `loops` is how often fio writes each block. Raises what went wrong."""
+def one_run(folder: Path, seed: int, *, loops: int, words: Sequence[str] = ()) -> Counts:
+    """One run as told above; `loops` is how often fio writes each block, `words` are more options
+    of the server. Raises what went wrong."""
     counts = Counts()
     start = time.monotonic()
     disks = [make_disk(folder / f"{name}.raw", SIZE, seed=seed + n) for n, name in _DISKS]
     before = [copy_disk(disk, disk.with_suffix(".before")) for disk in disks]
-    with serving(folder, *disks, "--begin", "nightly", "--end-sessions") as server:
+    with serving(folder, *disks, "--begin", "nightly", "--end-sessions", *words) as server:
         _warm_up(server)
         open_files = _kinds_of_open_files(server)
         writing = threading.Event()
@@ -196,12 +198,13 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1, help="of the first run")
     parser.add_argument("--loops", type=int, default=4, help="how often fio writes each block")
+    parser.add_argument("--serve", default="", help="more options of the server: '--temp qcow2'")
     options = parser.parse_args()
     total = Counts()
     for seed in range(options.seed, options.seed + options.runs):
         folder = Path(tempfile.mkdtemp(prefix="fleecenbd-stress-"))
         try:
-            counts = one_run(folder, seed, loops=options.loops)
+            counts = one_run(folder, seed, loops=options.loops, words=options.serve.split())
         except BaseException:
             print(
                 f"seed {seed} failed; its disks and logs are kept in {folder}; again: "
