@@ -40,9 +40,10 @@ class Resized:
 
     async def room(self) -> tuple[int, int]:
         """(bytes free, bytes in all) of the file system, for who is not root. Raises OSError."""
-        return await self._pool.run(self._statvfs)
+        return await self._pool.run(self.room_now)
 
-    def _statvfs(self) -> tuple[int, int]:
+    def room_now(self) -> tuple[int, int]:
+        """The same. Blocks."""
         if self._descriptor < 0:
             raise closed_error(self.name)
         found = os.fstatvfs(self._descriptor)

@@ -64,6 +64,7 @@ class TempImage:
             _allocate(descriptor, name, self._file_size)
         self._file = FileDevice(descriptor, name, size=size, role="temp", threads_max=threads_max)
         self._clones = Clones(self._file)
+        self._first_room: tuple[int, int] | None = self._file.room_now()
         self.pread_now: ReadNow = self._file.pread_now
         self.pread_into_now: ReadIntoNow = self._file.pread_into_now
         self.pwrite_now: WriteNow = self._file.pwrite_now
@@ -169,7 +170,14 @@ class TempImage:
             raise
 
     async def room(self) -> tuple[int, int]:
-        """(bytes free, bytes in all) of its file system, for who is not root. Raises OSError."""
+        """(bytes free, bytes in all) of its file system, for who is not root. Raises OSError.
+
+        The first answer is that of when the image was made: arming asks then, and must start no
+        thread, since nbdkit forks after it.
+        """
+        first, self._first_room = self._first_room, None
+        if first is not None:
+            return first
         return await self._file.room()
 
     def used_bytes(self) -> int:

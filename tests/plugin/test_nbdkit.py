@@ -18,6 +18,7 @@ import pytest
 from fleecenbd import __version__
 from fleecenbd.plugin.parameters import PARAMETERS
 from fleecenbd.server.guest_records import GuestRecords
+from fleecenbd.server.temp_watch import INTERVAL_S
 from tests.behind_nbdkit import ENVIRONMENT, PLUGIN, behind_nbdkit
 from tests.disks import first_difference, make_disk
 from tests.plugin.conftest import SIZE
@@ -103,6 +104,9 @@ def test_it_serves_from_the_background_and_lets_go_of_the_image_at_the_end(
             while not path.exists():
                 assert time.monotonic() < end, "the guest is not noted where the next server looks"
                 guest.pread(1, 0)
+            # What looks once a second asks in threads, of which none may be from before the fork.
+            time.sleep(2.5 * INTERVAL_S)
+            guest.pwrite(b"new" * 1000, 100)
         refused = try_run("qemu-io", "-f", "raw", "-c", "write 0 512", disk)
         assert "lock" in refused.stderr
     finally:

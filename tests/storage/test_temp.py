@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -336,3 +338,26 @@ def test_a_preallocated_image_that_finds_no_room_leaves_nothing(
         TempImage.create_named(directory / "temp", 1 << 24, preallocate=True)
     assert refused.value.errno == errno.ENOSPC
     assert list(directory.iterdir()) == []
+
+
+async def test_the_first_question_for_room_starts_no_thread(directory: Path) -> None:
+    temp = TempImage.create(directory, "vda@nightly", 1 << 24)
+    before = threading.active_count()
+    free, total = await temp.room()
+    assert 0 < free <= total
+    assert threading.active_count() == before
+    await temp.room()
+    assert threading.active_count() == before + 1
+    temp.close()
+    await temp.wait_closed()
+
+
+def test_a_preallocated_image_s_room_is_what_it_left(tmp_path: Path) -> None:
+    async def room(**options: bool) -> int:
+        temp = TempImage.create(tmp_path, "temp", 1 << 26, **options)
+        free, _ = await temp.room()
+        temp.close()
+        await temp.wait_closed()
+        return free
+
+    assert asyncio.run(room(preallocate=True)) < asyncio.run(room()) - (1 << 25)
