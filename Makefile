@@ -89,7 +89,7 @@ explore: $(READY)  ## every order of events, the long set; ORDERS='--scenario NA
 	$(PYTHON) -m tests.orders $(ORDERS)
 
 # Of the examples, those that depend on what a system has.
-INTEROP := tests/client/test_source.py tests/storage/test_nbd_client.py tests/storage/test_nbd_reconnect.py tests/interop tests/plugin tests/differential tests/peers tests/examples/test_libvirt.py tests/examples/test_systemd.py tests/examples/test_systemd_backup.py
+INTEROP := tests/client/test_source.py tests/storage/test_nbd_client.py tests/storage/test_nbd_reconnect.py tests/interop tests/plugin tests/differential tests/peers tests/e2e/test_images.py tests/e2e/test_temps.py tests/examples/test_libvirt.py tests/examples/test_systemd.py tests/examples/test_systemd_backup.py
 
 interop: $(if $(PEERS),,$(TOOLS))  ## only the tests with other people's NBD clients; PEERS=trixie: Debian 13's (root)
 	$(if $(PEERS),sh scripts/peers.sh $(PEERS) python,$(PYTHON)) -m pytest $(INTEROP) $(SPREAD)

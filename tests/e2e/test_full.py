@@ -4,7 +4,6 @@ the guest is unharmed, the cause is told, the space is free again, and the next 
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -309,11 +308,7 @@ def test_throttle_stretches_a_burst_and_asks_the_backup_to_hurry(
         session = control.call("GET", "sessions/n")
         assert session["state"] == "active"
         assert session["disks"][0]["guest_wait"]["throttled"] == 31
-        metrics = subprocess.run(
-            ["curl", "-s", "--unix-socket", f"{server.unix}.control", "http://localhost/metrics"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        control.request("GET", "/metrics")
+        metrics = control.getresponse().read().decode()
         assert 'fleecenbd_fleece_throttled_seconds_count{disk="vda",session="n"} 31' in metrics
     _is_overwritten(image)

@@ -25,7 +25,7 @@ from tests.e2e.places import (
     read_all,
     wait_for_end,
 )
-from tests.mounts import fill, tmpfs
+from tests.mounts import CAN_MOUNT, fill, tmpfs
 from tests.remembering import RememberingGuest, remembering
 from tests.serving import FLEECENBD, Serving, connected, run, serving, try_run
 
@@ -369,6 +369,7 @@ def test_a_session_with_a_raw_file_elsewhere_goes_on_after_a_kill(
     assert list(temps.iterdir()) == []
 
 
+@pytest.mark.skipif(not CAN_MOUNT, reason="mounts are root's")
 def test_a_preallocated_temp_image_never_runs_out_of_space(tmp_path: Path) -> None:
     content = os.urandom(SIZE)
     disk = tmp_path / "vda.raw"
