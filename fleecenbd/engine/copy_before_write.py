@@ -48,7 +48,7 @@ class CopyBeforeWrite:
         if state.copies and state.copy_in_flight(first, end):
             return False
         if state.copy.bits.find(1, first, end) >= 0:
-            if state.throttles and state.room.delay_s() > 0:
+            if state.throttles and self.is_delayed(first, end):
                 return False
             if not self._block_copy.copy_now(first, end, reads):
                 return False
@@ -58,19 +58,24 @@ class CopyBeforeWrite:
         """Step 1 of ``ready``, in one step with other fleeces: copies that may share a read."""
         return [] if self._state.dead else self._block_copy.claim(first, end, reads)
 
-    async def delayed(self, first: int, end: int) -> float:
-        """Under ``throttle``: hold up a request that would copy, as long as the temp image's room
-        says. The loop's time when its timer began to run. Cancelling it is safe.
-        """
+    def is_delayed(self, first: int, end: int) -> bool:
+        """Whether ``ready`` would hold up a request first, for want of room (``throttle``)."""
+        state = self._state
+        return (
+            state.throttles
+            and not state.dead
+            and state.copy.bits.find(1, first, end) >= 0
+            and state.room.delay_s() > 0
+        )
+
+    async def _delay(self, first: int, end: int, started: float) -> bool:
+        """Hold up a request that would copy, as long as the room says; whether it was."""
         state = self._state
         loop = asyncio.get_running_loop()
-        started = loop.time()
-        if not state.throttles:
-            return started
         timer_s = state.cbw_timeout_s
         most = timer_s * TIMER_SHARE if timer_s > 0 else THROTTLE_MAX_S
         is_delayed = False
-        while not state.dead and state.copy.bits.find(1, first, end) >= 0:
+        while self.is_delayed(first, end):
             until = started + min(most, state.room.delay_s())
             if loop.time() >= until:
                 break
@@ -79,25 +84,21 @@ class CopyBeforeWrite:
         if is_delayed:
             state.stats.throttled += 1
             state.stats.throttled_s += loop.time() - started
-        return started
+        return is_delayed
 
-    async def ready(
-        self, first: int, end: int, claimed: Sequence[Copy] = (), started: float | None = None
-    ) -> None:
+    async def ready(self, first: int, end: int, claimed: Sequence[Copy] | None = None) -> None:
         """Return when a guest may change the clusters ``[first, end)``.
 
-        ``claimed``: what ``claim`` returned for this request. ``started``: what ``delayed``
-        returned; None: it is delayed here. Raises OSError(EIO) for a failure under
-        break-guest-write. Cancelling it is safe.
+        ``claimed``: what ``claim`` returned for this request, which is then not delayed. Raises
+        OSError(EIO) for a failure under break-guest-write. Cancelling it is safe.
         """
         state = self._state
         loop = asyncio.get_running_loop()
-        if started is None:
-            started = await self.delayed(first, end)
+        started = loop.time()
         deadline = started + state.cbw_timeout_s if state.cbw_timeout_s > 0 else None
-        waited = loop.time() > started
+        waited = claimed is None and await self._delay(first, end, started)
         try:
-            ours = list(claimed)
+            ours = list(claimed or ())
             while not state.dead:
                 if self._failed(ours):
                     return

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from bitarray import bitarray
@@ -354,20 +354,15 @@ async def _all_ready(fleeces: list[Fleece], ranges: list[tuple[int, int]]) -> No
     """Every fleece at the same time; the first failure is the request's."""
     loop = asyncio.get_running_loop()
     for offset, length in ranges:
-        starts: Sequence[float | None] = [None] * len(fleeces)
-        if any(fleece.state.throttles for fleece in fleeces):
-            spans = [fleece.access.span(offset, length) for fleece in fleeces]
-            delays = zip(fleeces, spans, strict=True)
-            starts = await asyncio.gather(
-                *(fleece.copy_before_write.delayed(*span) for fleece, span in delays)
-            )
-        # They all claim in this step, so that what two of them need is read once.
+        # They claim in this step, so that what two of them need is read once.
         reads: SharedReads = {}
         tasks = []
-        for fleece, started in zip(fleeces, starts, strict=True):
+        for fleece in fleeces:
             first, end = fleece.access.span(offset, length)
-            claimed = fleece.copy_before_write.claim(first, end, reads)
-            ready = fleece.copy_before_write.ready(first, end, claimed, started)
+            guard = fleece.copy_before_write
+            # One that holds up the request first claims later, and reads by itself.
+            claimed = None if guard.is_delayed(first, end) else guard.claim(first, end, reads)
+            ready = guard.ready(first, end, claimed)
             tasks.append(loop.create_task(ready, name=f"cbw {fleece.name}"))
         del reads
         try:

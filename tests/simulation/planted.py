@@ -46,8 +46,9 @@ ROOM = (
         "a delay is no part of the request's time",
         "copy_before_write",
         (
-            "throttled_s += loop.time() - started\n        return started",
-            "throttled_s += loop.time() - started\n        return loop.time()",
+            "waited = claimed is None and await self._delay(first, end, started)",
+            "waited = claimed is None and await self._delay(first, end, started)\n"
+            "        deadline = deadline and loop.time() + state.cbw_timeout_s",
         ),
     ),
     _bug(

@@ -316,7 +316,7 @@ async def errno_of_cancelled(write: asyncio.Future[None]) -> bool:
 
 
 @simulated
-async def test_of_two_sessions_the_longer_delay_counts_and_reads_are_shared() -> None:
+async def test_two_sessions_delay_at_the_same_time() -> None:
     scene = Scene(40)
     fleeces = [
         await scene.arm(name, temp_limit=20 * CLUSTER, on_cbw_error=THROTTLE) for name in "ab"
@@ -325,11 +325,28 @@ async def test_of_two_sessions_the_longer_delay_counts_and_reads_are_shared() ->
         fleece.state.charge(0, used)
         fleece.copy.bits[:used] = 0
         fleece.done.bits[:used] = 1
-    scene.active.log.clear()
     assert await _took(scene.write(30)) == pytest.approx(0.075)
-    assert scene.active.log.count(f"read {30 * CLUSTER}+{CLUSTER}") == 1
+    assert [fleece.stats.throttled for fleece in fleeces] == [1, 1]
     for fleece in fleeces:
         assert await read(fleece, 30) == scene.old(30)
+
+
+@simulated
+async def test_a_session_s_time_is_not_spent_by_another_s_delay() -> None:
+    scene, throttled = await _full(19)
+    other = await scene.arm("other", cbw_timeout_s=0.05, on_cbw_error=BREAK_GUEST_WRITE)
+    scene.active.log.clear()
+    other.temp.gate("write")
+    write = scene.write(30)
+    await other.temp.reached("write")
+    assert asyncio.get_running_loop().time() == pytest.approx(0), "it copies at once"
+    await asyncio.sleep(0.04)
+    other.temp.open("write")
+    await write
+    assert asyncio.get_running_loop().time() == pytest.approx(0.075)
+    assert (other.stats.timeouts, other.broken, throttled.broken) == (0, None, None)
+    assert await _took(scene.write(31)) == pytest.approx(0.1), "as full as can be"
+    assert await read(other, 0, 40) == scene.old(0, 40)
 
 
 @simulated
