@@ -28,7 +28,7 @@ _FROZEN_WAIT = """\
                 await state.guests.wait(first, end, deadline)
 """
 _CLAIM_LOOP = """\
-            ours = list(claimed)
+            ours = list(claimed or ())
             while not state.dead:
 """
 
