@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,16 @@ class TempDirectory:
     gone with the server; of qcow2 files those whose server is gone are removed when one is made.
     """
 
-    def __init__(self, path: Path, session: str, place: TempPlace = OWN_FILES) -> None:
-        """``path``: the server's own, where ``place`` names no other."""
+    def __init__(
+        self,
+        path: Path,
+        session: str,
+        place: TempPlace = OWN_FILES,
+        disks: Iterable[Disk] = (),
+    ) -> None:
+        """``path``: the server's own, where ``place`` names no other. ``disks``: all that are
+        served."""
+        self._disks = disks
         self.path = path if place.directory is None else Path(place.directory)
         self._is_own = place.directory is None
         self._session = session
@@ -42,7 +51,7 @@ class TempDirectory:
         An image that nobody waits for any more when it is made is closed.
         """
         if self._place.kind == NBD:
-            return await make_export(self._place, self._session, disk, cluster_size)
+            return await make_export(self._place, self._session, disk, cluster_size, self._disks)
         if self._place.kind == QCOW2:
             return await self._make_qcow2(disk, cluster_size)
         making = self._pool.run(self.create, disk.name, disk.size, cluster_size)

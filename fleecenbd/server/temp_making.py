@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterable
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server.temp_place import TempPlace
+from fleecenbd.storage.same_storage import Alone, Readable, is_same_storage
 
 if TYPE_CHECKING:
     from fleecenbd.storage.temp_qcow2 import TempQcow2
     from fleecenbd.storage.temp_remote import TempExport
 
-_used: set[str] = set()
-"""URIs of exports that hold a temp image of this process's."""
+LOOK_TIMEOUT_S = 20.0
+
+_live: set[TempExport] = set()
+"""Exports that hold a temp image of this process's."""
+_making = asyncio.Lock()
 
 
 def make_qcow2(path: str, disk: Disk, cluster_size: int) -> Awaitable[TempQcow2]:
@@ -41,25 +47,60 @@ def backing_of(image: str) -> tuple[str, str]:
     return os.path.abspath(image), "raw"
 
 
-async def make_export(place: TempPlace, session: str, disk: Disk, cluster_size: int) -> TempExport:
-    """At an NBD server. Raises OSError: EBUSY where another session here has the export."""
+async def make_export(
+    place: TempPlace, session: str, disk: Disk, cluster_size: int, disks: Iterable[Disk]
+) -> TempExport:
+    """At an NBD server. ``disks``: all that are served.
+
+    Raises OSError: EBUSY where another session here, or a disk, has what the URI leads to, under
+    whatever name.
+    """
     from fleecenbd.storage.temp_remote import open_temp_export
 
     uri = place.uri(disk.name, session)
-    if uri in _used or uri == disk.device.name:
-        raise OSError(
-            errno.EBUSY,
-            "each temp image needs an export of its own, and this one is in use; with {disk} and "
-            "{session} in the URI, names stand there",
-            uri,
-        )
-    _used.add(uri)
-    try:
-        export = await open_temp_export(
-            uri, disk.size, cluster_size=cluster_size, overwrite=place.overwrite
-        )
-    except BaseException:
-        _used.discard(uri)
-        raise
-    export.on_closed = partial(_used.discard, uri)
+    async with _making:
+        # One that has just ended gives back its space: it may be the same.
+        ending = [asyncio.ensure_future(temp.wait_closed()) for temp in _live if temp.is_closed]
+        if ending:
+            await asyncio.wait(ending, timeout=LOOK_TIMEOUT_S)
+        export = await open_temp_export(uri, disk.size, cluster_size=cluster_size)
+        try:
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                others: list[tuple[str, Readable, Alone]] = [
+                    ("another temp image", temp, temp.alone) for temp in _live
+                ]
+                others += [(f"disk {other.name}", other.device, _not_alone) for other in disks]
+                if not place.overwrite:
+                    await export.check_empty()
+                for what, device, alone in others:
+                    if await is_same_storage(export, device, alone):
+                        raise _same(uri, what)
+            await export.take(overwrite=place.overwrite)
+        except BaseException as error:
+            export.close()
+            await export.wait_closed()
+            if isinstance(error, TimeoutError):
+                raise OSError(
+                    errno.ETIMEDOUT,
+                    f"it, or what else is kept, did not answer in {LOOK_TIMEOUT_S:g} s",
+                    uri,
+                ) from None
+            raise
+        _live.add(export)
+    export.on_closed = partial(_live.discard, export)
     return export
+
+
+@asynccontextmanager
+async def _not_alone(offset: int, length: int) -> AsyncIterator[None]:
+    """A guest may be writing: not to what is asked about, unless it is the same storage."""
+    yield
+
+
+def _same(uri: str, what: str) -> OSError:
+    return OSError(
+        errno.EBUSY,
+        f"it leads to the storage of {what}, whatever it is called: each temp image needs one of "
+        "its own. {disk} and {session} in the URI stand for names, which many NBD servers ignore",
+        uri,
+    )

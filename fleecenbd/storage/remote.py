@@ -188,6 +188,11 @@ class RemoteDevice:
             return [(length, 0)]
         return await self._run(self._client.block_status(ALLOCATION, offset, length))
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._is_closed
+
     # -- calls, and the end -------------------------------------------------------------------
 
     async def _change(self, call: Coroutine[Any, Any, None]) -> None:

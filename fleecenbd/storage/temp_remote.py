@@ -14,6 +14,7 @@ import asyncio
 import errno
 import logging
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from fleecenbd.storage.device import EXTENT_ZERO
@@ -64,18 +65,35 @@ class TempExport(TempRemote):
         super().__init__(client, name, size=size, hole_size=hole_size)
         self.on_closed: Callable[[], None] | None = None
         """Called once the connections are closed."""
+        self.is_ours = False
+        """What it holds is ours to give back."""
+
+    def alone(self, offset: int, length: int) -> AbstractAsyncContextManager[None]:
+        """Within it, nothing else changes what shares a cluster with the range."""
+        return self._apart.request(offset, length, is_alone=True)
 
     async def wipe(self) -> None:
         """Free all of its space. Raises OSError."""
         for offset, length in await self._held():
             await self._client.zero(offset, length)
 
+    async def take(self, *, overwrite: bool) -> None:
+        """Empty it, or make sure that it is: from now on it is ours. ``overwrite``: it may hold
+        data, which goes. Raises OSError; EBUSY where it may hold data."""
+        if overwrite:
+            await self.wipe()
+        else:
+            await self.check_empty()
+        self.is_ours = True
+
     async def check_empty(self) -> None:
-        """Raises OSError(EEXIST) where it may hold data."""
+        """Raises OSError(EBUSY) where it may hold data."""
         if await self._held():
+            tells = ALLOCATION in self._client.facts.contexts
             raise OSError(
-                errno.EEXIST,
-                "it holds data, which a temp image would write over; if that can go, say so with "
+                errno.EBUSY,
+                ("it holds data" if tells else "its server does not tell whether it holds data")
+                + ", which a temp image would write over; if that can go, say so with "
                 "--temp-overwrite",
                 self.name,
             )
@@ -95,7 +113,7 @@ class TempExport(TempRemote):
     async def _hang_up(self) -> None:
         if self._calls and self._client.is_connected:
             await asyncio.wait(self._calls, timeout=CLOSE_S)
-        if self._client.is_connected and not self.is_lost:
+        if self.is_ours and self._client.is_connected and not self.is_lost:
             await self._wipe_at_end()
         await super()._hang_up()
         if self.on_closed is not None:
@@ -113,13 +131,10 @@ class TempExport(TempRemote):
             )
 
 
-async def open_temp_export(
-    uri: str, size: int, *, cluster_size: int, overwrite: bool = False
-) -> TempExport:
-    """Connect to an export that is to hold a temp image of ``size`` bytes, and empty it.
+async def open_temp_export(uri: str, size: int, *, cluster_size: int) -> TempExport:
+    """Connect to an export that is to hold a temp image of ``size`` bytes; ``take`` comes next.
 
-    ``cluster_size``: as ``TempImage.create`` has it. ``overwrite``: it may hold data, which goes.
-    Raises OSError: ENOSPC where the export is too small, EEXIST where it holds data.
+    ``cluster_size``: as ``TempImage.create`` has it. Raises OSError: ENOSPC where it is too small.
     """
     client = await NbdClient.open(
         uri, contexts=(ALLOCATION,), connections=CONNECTIONS_MAX, retries=0
@@ -143,10 +158,8 @@ async def open_temp_export(
                 f"it has {client.size} bytes, and a temp image of this disk needs {needed}",
                 uri,
             )
-        export = TempExport(client, uri, size=needed, hole_size=hole_size)
-        await (export.wipe() if overwrite else export.check_empty())
+        return TempExport(client, uri, size=needed, hole_size=hole_size)
     except BaseException:
         client.close()
         await client.wait_closed()
         raise
-    return export

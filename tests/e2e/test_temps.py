@@ -145,8 +145,8 @@ def test_a_session_over_two_disks_needs_two_exports(tmp_path: Path) -> None:
         with _empty_backend(folders[0]) as one:
             refused = try_run(FLEECENBD, "session", "begin", "n", "--temp", one.uri, *control)
             assert refused.returncode == 1
-            assert "each temp image needs an export of its own" in refused.stderr
-            assert "with {disk} and {session} in the URI" in refused.stderr
+            assert "it leads to the storage of another temp image" in refused.stderr
+            assert "{disk} and {session} in the URI" in refused.stderr
         sockets = tmp_path / "sockets"
         sockets.mkdir()
         with _empty_backend(folders[0]) as one, _empty_backend(folders[1]) as two:
@@ -480,7 +480,8 @@ def test_an_export_that_holds_data_is_refused_unless_that_may_go(tmp_path: Path)
                 *control,
             )
             assert second.returncode == 1
-            assert "this one is in use" in second.stderr
+            assert "it leads to the storage of another temp image" in second.stderr
+            assert read_all(server.uri("vda@n")) == disk.read_bytes()
             run(FLEECENBD, "session", "finish", "n", *control)
 
 
@@ -576,3 +577,61 @@ def test_a_state_directory_may_be_given_from_here(
             time.sleep(0.01)
         server.terminate()
         assert server.wait(TIMEOUT_S) == 0
+
+
+# -- the same storage by another name --------------------------------------------------------------
+
+
+def _refused(server: Serving, name: str, uri: str, *words: str) -> str:
+    result = try_run(
+        *(FLEECENBD, "session", "begin", name, "--temp", uri, *words),
+        *("--control", f"{server.unix}.control"),
+    )
+    assert result.returncode == 1, result.stdout
+    return result.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("--temp-overwrite",)], ids=str)
+def test_two_names_of_one_export_are_not_taken_for_two(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """nbdkit ignores the name. What one session holds would be the other's."""
+    content = os.urandom(SIZE)
+    disk, other = tmp_path / "vda.raw", tmp_path / "vdb.raw"
+    disk.write_bytes(content)
+    other.write_bytes(os.urandom(SIZE))
+    with _empty_backend(tmp_path) as backend, serving(tmp_path, disk, other) as server:
+        uri = backend.uri.replace("///?", "///{disk}-{session}?")
+        assert "the storage of another temp image" in _refused(server, "both", uri, *words)
+        assert not any(backend.image.read_bytes()), "no mark is left"
+        control = ("--control", f"{server.unix}.control")
+        begin = (FLEECENBD, "session", "begin", "--temp", uri, *words, *control)
+        run(*begin, "n", "--disk", "vda")
+        assert "the storage of another temp image" in _refused(server, "m", uri, *words)
+        with connected(server.uri("vda")) as guest:
+            guest.pwrite(b"new!" * 65536, MIB)
+        refused = _refused(server, "m", uri, *words)
+        assert "the storage of another temp image" in refused or "holds data" in refused
+        assert read_all(server.uri("vda@n")) == content
+
+
+def test_a_disk_is_never_taken_for_a_temp_image(tmp_path: Path) -> None:
+    content = os.urandom(SIZE)
+    own = tmp_path / "own.raw"
+    own.write_bytes(content)
+    with (
+        backend_over(tmp_path) as remote,
+        serving(tmp_path, own, f"far={remote.uri}", "--shared", "0") as server,
+    ):
+        far = remote.image.read_bytes()
+        ways = {
+            server.uri("own"): "disk own",
+            server.uri("far"): "disk far",
+            remote.uri: "disk far",
+            remote.uri.replace("///?", "///x?"): "disk far",
+        }
+        for uri, what in ways.items():
+            assert "holds data" in _refused(server, "n", uri, "--disk", "own")
+            assert what in _refused(server, "n", uri, "--disk", "own", "--temp-overwrite")
+        assert read_all(server.uri("own")) == content
+        assert remote.image.read_bytes() == far

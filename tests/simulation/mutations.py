@@ -26,7 +26,7 @@ from . import engine, world
 from .planted import PLANTED, PlantedBug
 
 PACKAGE = "fleecenbd.engine"
-SEEDS_MAX = 200
+SEEDS_MAX = 400
 
 
 class PlantingFailed(Exception):

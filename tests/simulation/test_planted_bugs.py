@@ -1,4 +1,4 @@
-"""A checker counts once a planted bug has shown that it catches: every one within 200 seeds."""
+"""A checker counts once a planted bug has shown that it catches: every one within 400 seeds."""
 
 from __future__ import annotations
 

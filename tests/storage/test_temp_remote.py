@@ -31,7 +31,8 @@ SIZE = 1 << 20
 @asynccontextmanager
 async def _export(tmp_path: Path) -> AsyncIterator[tuple[ScriptedServer, TempExport]]:
     async with asyncio.timeout(30), scripted(tmp_path) as server:
-        export = await open_temp_export(server.uri, SIZE, cluster_size=4096, overwrite=True)
+        export = await open_temp_export(server.uri, SIZE, cluster_size=4096)
+        await export.take(overwrite=True)
         server.requests.clear()
         try:
             yield server, export
@@ -95,7 +96,8 @@ async def test_what_is_lost_before_anybody_is_to_be_told_is_told_later(tmp_path:
 
 async def test_at_the_end_what_holds_data_is_given_back(tmp_path: Path) -> None:
     async with asyncio.timeout(30), scripted(tmp_path) as server:
-        export = await open_temp_export(server.uri, SIZE, cluster_size=4096, overwrite=True)
+        export = await open_temp_export(server.uri, SIZE, cluster_size=4096)
+        await export.take(overwrite=True)
         await export.pwrite(8192, b"x" * 8192)
 
         async def tell(connection: Connection, request: Request) -> None:
@@ -120,7 +122,8 @@ async def test_a_server_that_does_not_answer_at_the_end_is_not_waited_for_for_ev
 ) -> None:
     monkeypatch.setattr(temp_remote, "WIPE_S", 0.1)
     async with asyncio.timeout(30), scripted(tmp_path) as server:
-        export = await open_temp_export(server.uri, SIZE, cluster_size=4096, overwrite=True)
+        export = await open_temp_export(server.uri, SIZE, cluster_size=4096)
+        await export.take(overwrite=True)
 
         async def hang(connection: Connection, request: Request) -> None:
             await asyncio.Event().wait()
@@ -136,13 +139,19 @@ async def test_a_server_that_does_not_answer_at_the_end_is_not_waited_for_for_ev
 async def test_what_may_hold_data_is_read_by_nobody_and_kept(tmp_path: Path) -> None:
     async with asyncio.timeout(30), scripted(tmp_path) as server:
         server.disk[5000] = 1
-        with pytest.raises(OSError, match="--temp-overwrite") as refused:
-            await open_temp_export(server.uri, SIZE, cluster_size=4096)
-        assert refused.value.errno == errno.EEXIST
-        assert server.disk[5000] == 1
+        export = await open_temp_export(server.uri, SIZE, cluster_size=4096)
+        with pytest.raises(OSError, match=r"it holds data.*--temp-overwrite") as refused:
+            await export.take(overwrite=False)
+        assert refused.value.errno == errno.EBUSY
+        export.close()
+        await export.wait_closed()
         server.contexts = ()
-        with pytest.raises(OSError, match="--temp-overwrite"):
-            await open_temp_export(server.uri, SIZE, cluster_size=4096)
+        export = await open_temp_export(server.uri, SIZE, cluster_size=4096)
+        with pytest.raises(OSError, match=r"does not tell whether.*--temp-overwrite"):
+            await export.take(overwrite=False)
+        export.close()
+        await export.wait_closed()
+        assert server.disk[5000] == 1
         assert READ not in [request.kind for request in server.requests]
         while server.connections:
             await server.change()
@@ -152,8 +161,8 @@ async def test_an_export_must_hold_whole_clusters_of_its_own_blocks(tmp_path: Pa
     async with asyncio.timeout(30), scripted(tmp_path) as server:
         server.block_sizes = (512, 65536, 32 << 20)
         with pytest.raises(OSError, match=f"has {SIZE} bytes, and .* needs {SIZE + 65536}"):
-            await open_temp_export(server.uri, SIZE + 1, cluster_size=4096, overwrite=True)
-        export = await open_temp_export(server.uri, SIZE - 1, cluster_size=4096, overwrite=True)
+            await open_temp_export(server.uri, SIZE + 1, cluster_size=4096)
+        export = await open_temp_export(server.uri, SIZE - 1, cluster_size=4096)
         assert (export.size, export.hole_size) == (SIZE, 65536)
         export.close()
         await export.wait_closed()

@@ -62,7 +62,9 @@ class FileStore:
         self._closing: set[asyncio.Task[None]] = set()
         self._makers = ThreadPool(str(directory.path), "bitmaps", size_max=2)
         self._files = Files(directory, found.files() if found is not None else set())
-        self.temps = Temps(directory, self.names, self._files, self._make, self._is_broken)
+        self.temps = Temps(
+            directory, self.names, self._files, self._make, self._is_broken, self._served
+        )
 
     # -- disks -----------------------------------------------------------------------------
 
@@ -312,6 +314,9 @@ class FileStore:
         self._bitmaps.pop(bitmap_id, None)
         self.names.bitmaps.pop(bitmap_id, None)
         self._files.release(path)
+
+    def _served(self) -> list[Disk]:
+        return [files.disk for files in self._disks.values()]
 
     def _is_broken(self, key: tuple[str, str]) -> bool:
         bits = self._fleeces.get(key)

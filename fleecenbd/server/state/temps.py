@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -53,12 +53,14 @@ class Temps:
         files: Files,
         make: _Make,
         is_broken: Callable[[Key], bool],
+        disks: Callable[[], Iterable[Disk]],
     ) -> None:
         self._directory = directory
         self._names = names
         self._files = files
         self._make = make
         self._is_broken = is_broken
+        self._disks = disks
 
     def maker(self, session: str, place: TempPlace = OWN_FILES) -> MakeTemp:
         """Who makes the temp images of a session of this name, in that place."""
@@ -121,7 +123,7 @@ class Temps:
         place: TempPlace,
         session: str,
     ) -> Device:
-        temp = await make_export(place, session, disk, cluster_size)
+        temp = await make_export(place, session, disk, cluster_size, self._disks())
         given_back = temp.on_closed
         closed = self._describe(session_id, disk.name, temp, name, NBD)
 
