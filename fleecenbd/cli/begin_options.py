@@ -76,11 +76,12 @@ def begin_body(
         "on_cbw_error": options.on_cbw_error,
         "cbw_timeout": options.cbw_timeout_s,
         "temp_limit": options.temp_limit,
-        "temp_reserve": options.temp_reserve,
         "cluster_size": options.cluster_size,
         "read_once": read_once,
         **temp,
     }
+    if temp_reserve is not None:
+        body["temp_reserve"] = options.temp_reserve
     for key, text in (("ttl", ttl), ("idle_ttl", idle_ttl), ("hook_timeout", hook_timeout)):
         if text is not None:
             body[key] = values.parse_period(text, f"--{key.replace('_', '-')}")

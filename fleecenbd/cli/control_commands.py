@@ -234,8 +234,8 @@ def set_session(
         typer.Option(
             metavar="SIZE|none",
             show_default=False,
-            help="Most that one disk's temp image may hold from now on. Below what it holds, "
-            "nothing is lost, and nothing is added.",
+            help="Most that one disk's temp image may hold from now on. Below what it holds "
+            "it is full: the next copy does what --on-cbw-error says.",
         ),
     ],
     control: Control = None,

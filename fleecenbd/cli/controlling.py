@@ -57,6 +57,7 @@ class ServerPlaces:
         self._endpoints = endpoints
         self._records = records
         self.temp = options.temp
+        self.temp_reserve = options.temp_reserve
         self._pool = ThreadPool("images", "disks to come", size_max=4)
 
     def make_temp(self, session: str, place: TempPlace) -> MakeTemp:

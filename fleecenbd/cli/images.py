@@ -131,6 +131,11 @@ def _refuse_container(spec: DiskSpec) -> None:
     if kind is not None:
         raise CommandError(
             f"cannot open disk {spec.name}: {spec.path}: the content is a {kind} container, "
-            "whose bytes a guest must not be handed as its disk; convert it to a raw image, "
-            f"or write raw:{spec.path} if those bytes are what you mean"
+            "whose bytes a guest must not be handed as its disk; "
+            + (
+                f"write qcow2:{spec.path} to serve the disk in it, "
+                if kind == "qcow2"
+                else "convert it to a raw image, "
+            )
+            + f"or raw:{spec.path} if those bytes are what you mean"
         )

@@ -9,6 +9,7 @@ import uvloop
 
 from fleecenbd.cli import logs, values
 from fleecenbd.cli.disk_options import parse_disk_options
+from fleecenbd.cli.errors import UsageError
 from fleecenbd.cli.handed import Handed, starting_client, take_activated, take_standard_input
 from fleecenbd.cli.images import open_disks
 from fleecenbd.cli.options import (
@@ -53,7 +54,6 @@ def serve(words: ServeWords) -> int:
     )
     session_given = {
         "--temp-limit": words.temp_limit is not None,
-        "--temp-reserve": words.temp_reserve is not None,
         "--cluster-size": words.cluster_size is not None,
         "--on-cbw-error": words.on_cbw_error is not None,
         "--cbw-timeout": words.cbw_timeout is not None,
@@ -74,6 +74,10 @@ def serve(words: ServeWords) -> int:
         "--socket-group": words.socket_group is not None,
         "--run": words.run is not None,
     }
+    if words.temp_prealloc and words.temp_limit is not None:
+        raise UsageError(
+            "--temp-limit cannot be given with --temp-prealloc, which takes all space at the start"
+        )
     addresses = None
     if activated is not None:
         why = "under socket activation (LISTEN_FDS is set): the sockets are there already"
@@ -109,6 +113,13 @@ def serve(words: ServeWords) -> int:
     disk_options = parse_disk_options(words.cache, words.discard, disks)
     # A guest needs no state: where there is no place for it by default, nothing lasts.
     needs_state = words.begin is not None or words.state_dir is not None
+    session_options = choose_session_options(
+        temp_limit=words.temp_limit,
+        temp_reserve=words.temp_reserve,
+        cluster_size=words.cluster_size,
+        on_cbw_error=words.on_cbw_error,
+        cbw_timeout=words.cbw_timeout,
+    )
     options = ServeOptions(
         disks=tuple(map(disk_options.of, disks)),
         addresses=addresses,
@@ -120,13 +131,8 @@ def serve(words: ServeWords) -> int:
         trust_offline=parse_trust_offline(words.trust_offline, disks),
         guests_directory=None if own_client else guests_directory(words.state_dir),
         session=words.begin,
-        session_options=choose_session_options(
-            temp_limit=words.temp_limit,
-            temp_reserve=words.temp_reserve,
-            cluster_size=words.cluster_size,
-            on_cbw_error=words.on_cbw_error,
-            cbw_timeout=words.cbw_timeout,
-        ),
+        session_options=session_options,
+        temp_reserve=session_options.temp_reserve,
         temp=choose_temp_place(
             words.temp,
             words.temp_dir,

@@ -81,6 +81,8 @@ def disk_table(disks: Iterable[Mapping[str, Any]], *, brief: bool = False) -> Ta
         length = size(disk["size"])
         if disk["image_size"] != disk["size"]:
             length += f", image {size(disk['image_size'])}"
+        if disk["lost"] is not None:
+            length += ", lost"
         row = (disk["name"], length, clients, sessions, str(disk["guest_writes"]))
         table.add_row(*map(Text, row if brief else (*row, disk["image"])))
     return table

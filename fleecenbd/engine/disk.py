@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from bitarray import bitarray
@@ -25,10 +26,10 @@ from fleecenbd.engine.extents import windowed_status
 from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.recording import RecordingBitmap, check_removable, clear
 from fleecenbd.engine.reqlist import Waiters
-from fleecenbd.engine.resizing import check_size
+from fleecenbd.engine.resizing import check_usable, is_lost
 from fleecenbd.engine.shared_read import ReadNow, SharedReads
 from fleecenbd.engine.store import Stamps
-from fleecenbd.storage.device import Buffer, Data, Device, Extent
+from fleecenbd.storage.device import Buffer, Data, Device, Extent, Losable
 
 WRITE_NOW_LENGTH_MAX = 1 << 20
 """Bytes. A longer write would keep the loop from everybody else: it goes to the pool."""
@@ -50,6 +51,10 @@ class Disk:
         self.size = device.size
         self.image_size = device.size
         """Bytes that the image has now, as far as is known: others can change that."""
+        self.lost: str | None = None
+        """Why nothing can be read or written any more: who keeps the image is gone."""
+        if isinstance(device, Losable):
+            device.on_lost = partial(is_lost, self)
         self.fleeces: list[Fleece] = []
         self.active_writes = 0
         """Guest requests that are changing the active image now."""
@@ -239,7 +244,7 @@ class Disk:
         name = bitmap.name
         if name in self.bitmaps or name in self.bitmaps_begun:
             raise OSError(errno.EEXIST, f"{self.name} has a bitmap called {name} already")
-        check_size(self)
+        check_usable(self)
         if bitmap.size != self.size:
             raise OSError(
                 errno.EINVAL,

@@ -1,4 +1,4 @@
-"""An active image whose size others change: what that is the end of."""
+"""An active image whose size others change, or that is lost: what that is the end of."""
 
 from __future__ import annotations
 
@@ -30,8 +30,20 @@ def resized(disk: Disk, size: int) -> list[RecordingBitmap]:
     return lost
 
 
-def check_size(disk: Disk) -> None:
-    """Raises OSError(EINVAL) while the image has another size than the disk."""
+def is_lost(disk: Disk, why: str) -> None:
+    """Who keeps the disk's image is gone, and every request fails: all sessions break."""
+    disk.lost = why
+    for fleece in list(disk.fleeces):
+        fleece.state.break_session(f"disk {disk.name} is lost: {why}")
+
+
+def check_usable(disk: Disk) -> None:
+    """Raises OSError: EIO where the disk is lost, EINVAL while its image has another size."""
+    if disk.lost is not None:
+        raise OSError(
+            errno.EIO,
+            f"disk {disk.name} is lost: {disk.lost}; add it anew, or start the server again",
+        )
     if disk.image_size != disk.size:
         raise OSError(
             errno.EINVAL,

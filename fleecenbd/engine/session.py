@@ -14,7 +14,7 @@ from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.ids import random_uuid
 from fleecenbd.engine.own_bits import BitmapClaim, OwnBits
 from fleecenbd.engine.recording import BitmapRequest, Since, scaled
-from fleecenbd.engine.resizing import check_size
+from fleecenbd.engine.resizing import check_usable
 from fleecenbd.engine.room import holds_space, room_of
 from fleecenbd.engine.state import (
     BITMAP_CLUSTERS_MAX,
@@ -192,7 +192,7 @@ async def arm(
     if session_id is None:
         session_id = random_uuid()
     for disk in disks:
-        check_size(disk)
+        check_usable(disk)
     claims: list[BitmapClaim | None] = []
     fleeces: list[Fleece] = []
     described: Session | None = None

@@ -205,6 +205,7 @@ class FleeceState:
         self.stats = FleeceStats()
         self.room = Room(self, temp_reserve)
         self.stats.temp_clusters = 0 if target_reads_zero else self.clusters
+        self.stats.temp_clusters_peak = self.stats.temp_clusters
         if isinstance(target, Losable):
             # Whatever the policy: without what was kept there is no point in time any more.
             target.on_lost = self._lost

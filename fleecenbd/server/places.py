@@ -16,6 +16,9 @@ class Places(Protocol):
     temp: TempPlace
     """Where temp images are, and of what kind, where a session does not say."""
 
+    temp_reserve: int | None
+    """As SessionOptions has it, where a session does not say."""
+
     def make_temp(self, session: str, place: TempPlace) -> MakeTemp:
         """Who makes the temp images of a session. Raises OSError where there is no place."""
 

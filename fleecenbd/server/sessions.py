@@ -21,6 +21,7 @@ from functools import partial
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.recording import KEEP, USE
+from fleecenbd.engine.room import holds_space
 from fleecenbd.engine.session import Session
 from fleecenbd.server.asks import Ask, lasting
 from fleecenbd.server.bitmaps import Bitmaps
@@ -215,6 +216,12 @@ class Sessions:
         session = self._server.session(name)
         if self._server.stopping:
             raise OSError(errno.ESHUTDOWN, f"session {name} is not changed: the server is stopping")
+        if limit is not None and any(holds_space(fleece.temp) for fleece in session.fleeces):
+            raise OSError(
+                errno.EINVAL,
+                f"session {name} has preallocated temp images, which took all of their space at "
+                "the start: there is no limit to set",
+            )
         least = max(fleece.cluster_size for fleece in session.fleeces)
         if limit is not None and limit < least:
             raise OSError(

@@ -76,6 +76,8 @@ class DiskView:
     size: int
     image_size: int
     """Bytes that the image has now; other than ``size``, its sessions broke."""
+    lost: str | None
+    """Why every request fails; null."""
     read_only: bool
     uris: list[str]
     clients: list[str]
@@ -251,6 +253,7 @@ def disk_view(server: Server, disk: Disk, uris: Uris) -> DiskView:
         image=disk.device.name,
         size=disk.size,
         image_size=disk.image_size,
+        lost=disk.lost,
         read_only=server.read_only,
         uris=list(uris(disk.name)),
         clients=[client.peer for client in server.clients_of(disk.name)],

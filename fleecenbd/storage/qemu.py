@@ -189,6 +189,7 @@ class QemuDevice(RemoteDevice):
         super().__init__(client, name, cluster=cluster, **facts)
         self.on_closed: Callable[[], Awaitable[None] | None] | None = None
         """Called once the child has ended; what it returns is waited for."""
+        self.on_lost: Callable[[str], None] | None = None
         self._child = child
         self._quit: Callable[[], Awaitable[None]] = child.quit
         """What ends it; raises OSError."""
@@ -202,6 +203,8 @@ class QemuDevice(RemoteDevice):
     def _has_ended(self, why: str) -> None:
         """The child has, and nobody had asked it to."""
         logger.error("%s: %s", self.name, why)
+        if self.on_lost is not None:
+            self.on_lost(why)
 
     async def _hang_up(self) -> None:
         await super()._hang_up()

@@ -67,8 +67,8 @@ class TempQcow2(QemuDevice, TempRemote):
         await super()._hang_up()
 
     def _has_ended(self, why: str) -> None:
-        super()._has_ended(why)
         self.lose(why)
+        super()._has_ended(why)
 
 
 async def make_temp_qcow2(

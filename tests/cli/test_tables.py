@@ -83,6 +83,7 @@ def test_what_a_server_calls_its_things_is_no_markup(capsys: pytest.CaptureFixtu
             "name": "vda",
             "size": 4096,
             "image_size": 4096,
+            "lost": None,
             "clients": [],
             "sessions": [],
             "guest_writes": 0,

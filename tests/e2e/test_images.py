@@ -118,6 +118,9 @@ def test_a_child_that_dies_fails_its_disk_and_no_other(tmp_path: Path) -> None:
         (child,) = children_of(server)
         with connected(server.uri("vda")) as guest, connected(server.uri("vdb")) as sound:
             os.kill(child, signal.SIGKILL)
+            end = time.monotonic() + TIMEOUT_S
+            while control.call("GET", "sessions/n")["state"] != "broken":
+                assert time.monotonic() < end, "nobody has to write for that"
             with pytest.raises(nbd.Error, match="Input/output error"):
                 guest.pwrite(bytes(4096), 0)
             sound.pwrite(b"sound" * 100, 0)
@@ -125,7 +128,13 @@ def test_a_child_that_dies_fails_its_disk_and_no_other(tmp_path: Path) -> None:
                 guest.flush()
         session = control.call("GET", "sessions/n")
         assert session["state"] == "broken"
-        assert "qcow2:" in session["reason"]
+        assert "disk vda is lost: qemu-storage-daemon has ended: status -9" in session["reason"]
+        lost = {disk["name"]: disk["lost"] for disk in control.call("GET", "disks")["disks"]}
+        assert lost["vdb"] is None
+        assert "qemu-storage-daemon has ended" in lost["vda"]
+        refused = try_run(FLEECENBD, "session", "begin", "m", "--control", f"{server.unix}.control")
+        assert refused.returncode == 1
+        assert "add it anew, or start the server again" in refused.stderr
         server.status = 1  # it could not be synced
     assert "qemu-storage-daemon has ended" in server.messages()
     assert "qemu-storage-daemon ended badly: status -9" in server.messages()

@@ -374,28 +374,26 @@ def test_a_preallocated_temp_image_never_runs_out_of_space(tmp_path: Path) -> No
     content = os.urandom(SIZE)
     disk = tmp_path / "vda.raw"
     disk.write_bytes(content)
-    with tmpfs(tmp_path / "small", SIZE + 4 * MIB) as small:
-        with serving(tmp_path, disk, "--temp-dir", small, "--temp-prealloc") as server:
-            control = Control(f"{server.unix}.control")
-            begin = (FLEECENBD, "session", "begin", "--control", f"{server.unix}.control")
-            kept = try_run(*begin, "n")
-            assert kept.returncode == 1
-            assert f"and {1 << 30} are its reserve" in kept.stderr
-            assert list(small.iterdir()) == []
-            run(*begin, "n", "--temp-reserve", "4M")
-            again = try_run(*begin, "m", "--temp-reserve", "none")
-            assert again.returncode == 1
-            assert "there is no room to preallocate" in again.stderr
-            assert "give another folder with --temp-dir" in again.stderr
-            filler = fill(small)
-            _write_all(server, content)
-            assert read_all(server.uri("vda@n")) == content
-            control.call("DELETE", "sessions/n")
-            filler.unlink()
-        limited = ("--begin", "n", "--temp-prealloc", "--temp-limit", "1M", "-U", tmp_path / "s")
-        refused = try_run(FLEECENBD, "serve", disk, *limited)
-        assert refused.returncode == 1
-        assert "a preallocated temp image takes all of its space at the start" in refused.stderr
+    with (
+        tmpfs(tmp_path / "small", SIZE + 4 * MIB) as small,
+        serving(tmp_path, disk, "--temp-dir", small, "--temp-prealloc") as server,
+    ):
+        control = Control(f"{server.unix}.control")
+        begin = (FLEECENBD, "session", "begin", "--control", f"{server.unix}.control")
+        kept = try_run(*begin, "n")
+        assert kept.returncode == 1
+        assert f"and {1 << 30} are its reserve" in kept.stderr
+        assert list(small.iterdir()) == []
+        run(*begin, "n", "--temp-reserve", "4M")
+        again = try_run(*begin, "m", "--temp-reserve", "none")
+        assert again.returncode == 1
+        assert "there is no room to preallocate" in again.stderr
+        assert "give another folder with --temp-dir" in again.stderr
+        filler = fill(small)
+        _write_all(server, content)
+        assert read_all(server.uri("vda@n")) == content
+        control.call("DELETE", "sessions/n")
+        filler.unlink()
 
 
 @pytest.mark.parametrize(
@@ -635,3 +633,49 @@ def test_a_disk_is_never_taken_for_a_temp_image(tmp_path: Path) -> None:
             assert what in _refused(server, "n", uri, "--disk", "own", "--temp-overwrite")
         assert read_all(server.uri("own")) == content
         assert remote.image.read_bytes() == far
+
+
+# -- what a newcomer met ---------------------------------------------------------------------------
+
+
+def test_a_preallocated_temp_image_s_limit_is_not_set_later_either(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "vda.raw", MIB)
+    with serving(tmp_path, disk, "--begin", "n", "--temp-prealloc") as server:
+        command = (FLEECENBD, "session", "set", "n", "--control", f"{server.unix}.control")
+        refused = try_run(*command, "--temp-limit", "64k")
+        assert refused.returncode == 1
+        assert "there is no limit to set" in refused.stderr
+        run(*command, "--temp-limit", "none")
+        (shown,) = Control(f"{server.unix}.control").call("GET", "sessions/n")["disks"]
+        assert (shown["temp"]["now"], shown["temp"]["peak"]) == (MIB, MIB)
+    both = try_run(
+        FLEECENBD, "serve", disk, "--begin", "n", "--temp-prealloc", "--temp-limit", "1M"
+    )
+    assert (both.returncode, both.stderr.count("\n")) == (2, 1)
+    assert "--temp-limit cannot be given with --temp-prealloc" in both.stderr
+
+
+def test_a_server_s_reserve_is_that_of_its_sessions(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "vda.raw", MIB)
+    with serving(tmp_path, disk, "--temp-reserve", "4k", "--temp", "qcow2") as server:
+        control = ("--control", f"{server.unix}.control")
+        begin = (FLEECENBD, "session", "begin", *control)
+        show = Control(f"{server.unix}.control")
+        run(*begin, "n")
+        assert show.call("GET", "sessions/n")["temp_reserve"] == 4096
+        run(*begin, "m", "--temp-reserve", "none")
+        assert show.call("GET", "sessions/m")["temp_reserve"] == 0
+        refused = try_run(*begin, "o", "--temp-prealloc")
+        assert refused.returncode == 1
+        assert "the server's own temp is qcow2; say another one, too" in refused.stderr
+        wrong = try_run(*begin, "o", "--temp-reserve", "5%")
+        assert wrong.returncode == 2
+        assert "or none" in wrong.stderr
+
+
+def test_a_qcow2_file_that_is_given_as_a_raw_image_is_told_how_to_give_it(tmp_path: Path) -> None:
+    path = tmp_path / "vda.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
+    refused = try_run(FLEECENBD, "serve", path)
+    assert refused.returncode == 1
+    assert f"write qcow2:{path} to serve the disk in it" in refused.stderr

@@ -35,6 +35,7 @@ class RoomPlaces:
     def __init__(self, served: Room) -> None:
         self._served = served
         self.temp = OWN_FILES
+        self.temp_reserve: int | None = None
 
     def make_temp(self, session: str, place: TempPlace) -> MakeTemp:
         async def make(disk: Disk, cluster_size: int, session_id: str) -> Device:

@@ -51,12 +51,12 @@ class BeginBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         Count | None, Meta(description="bytes of old data kept, for each disk; null: no limit")
     ] = None
     temp_reserve: Annotated[
-        Count | None,
+        Count | UnsetType | None,
         Meta(
-            description="bytes that the temp images' file system keeps free; null: 5 % of it, 1 "
-            "GiB at least; 0: none"
+            description="bytes that the temp images' file system keeps free; left out: as the "
+            "server has it; null: 5 % of it, 1 GiB at least; 0: none"
         ),
-    ] = None
+    ] = UNSET
     cluster_size: Annotated[
         Annotated[int, Meta(ge=CLUSTER_SIZE_MIN, le=CLUSTER_SIZE_MAX)] | None,
         Meta(description="a power of two; null: the smallest that keeps a bitmap small"),
@@ -141,8 +141,8 @@ class AddDiskBody(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         Meta(
             min_length=1,
             max_length=4096,
-            description="absolute path of a raw file or a block device; raw:PATH as on the "
-            "command line",
+            description="absolute path of a raw file or a block device; raw:PATH, qcow2:PATH or "
+            "an NBD URI as on the command line",
         ),
     ]
 

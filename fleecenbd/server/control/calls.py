@@ -123,7 +123,9 @@ class Calls:
                 on_cbw_error=body.on_cbw_error,
                 cbw_timeout_s=body.cbw_timeout,
                 temp_limit=body.temp_limit,
-                temp_reserve=body.temp_reserve,
+                temp_reserve=(
+                    self._places.temp_reserve if body.temp_reserve is UNSET else body.temp_reserve
+                ),
                 cluster_size=body.cluster_size,
                 read_once=body.read_once,
             )
@@ -167,7 +169,10 @@ class Calls:
                 known.overwrite if body.temp_overwrite is UNSET else body.temp_overwrite,
             )
         except ValueError as error:
-            raise CallError(422, f"the body is not as it should be: {error}") from None
+            text = f"the body is not as it should be: {error}"
+            if body.temp is UNSET:
+                text += f" (the server's own temp is {temp}; say another one, too)"
+            raise CallError(422, text) from None
 
     def _answer(self, begun: Begun) -> BeginAnswer:
         session = begun.session
