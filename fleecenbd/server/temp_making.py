@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -66,15 +66,14 @@ async def make_export(
         export = await open_temp_export(uri, disk.size, cluster_size=cluster_size)
         try:
             async with asyncio.timeout(LOOK_TIMEOUT_S):
-                others: list[tuple[str, Readable, Alone]] = [
-                    ("another temp image", temp, temp.alone) for temp in _live
-                ]
-                others += [(f"disk {other.name}", other.device, _not_alone) for other in disks]
                 if not place.overwrite:
                     await export.check_empty()
-                for what, device, alone in others:
-                    if await is_same_storage(export, device, alone):
-                        raise _same(uri, what)
+                for temp in list(_live):
+                    if await _is_same(export, temp, temp.alone, partial(_is_unusable, temp)):
+                        raise _same(uri, "another temp image")
+                for other in list(disks):
+                    if await _is_same(export, other.device, _not_alone, partial(_is_gone, other)):
+                        raise _same(uri, f"disk {other.name}")
             await export.take(overwrite=place.overwrite)
         except BaseException as error:
             export.close()
@@ -89,6 +88,28 @@ async def make_export(
         _live.add(export)
     export.on_closed = partial(_live.discard, export)
     return export
+
+
+async def _is_same(
+    export: TempExport, other: Readable, alone: Alone, is_gone: Callable[[], bool]
+) -> bool:
+    """Raises OSError, but where the other one is gone: then it is not what has just answered."""
+    if is_gone():
+        return False
+    try:
+        return await is_same_storage(export, other, alone)
+    except OSError:
+        if is_gone():
+            return False
+        raise
+
+
+def _is_gone(disk: Disk) -> bool:
+    return disk.lost is not None or _is_unusable(disk.device)
+
+
+def _is_unusable(device: object) -> bool:
+    return not getattr(device, "is_usable", True)
 
 
 @asynccontextmanager

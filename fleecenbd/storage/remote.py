@@ -193,6 +193,11 @@ class RemoteDevice:
         """Whether ``close`` was called."""
         return self._is_closed
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether a request would be asked now, and not wait for a connection, or fail."""
+        return not self._is_closed and self._client.is_connected
+
     # -- calls, and the end -------------------------------------------------------------------
 
     async def _change(self, call: Coroutine[Any, Any, None]) -> None:
