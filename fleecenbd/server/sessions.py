@@ -113,7 +113,11 @@ class Sessions:
         del self._beginning[name]
         if not task.cancelled() and (error := task.exception()) is not None:
             # Whoever asked may have gone.
-            logger.warning("session %s could not begin: %s", name, error)
+            text = str(error)
+            if isinstance(error, OSError) and error.strerror:
+                where = f"{error.filename}: " if error.filename is not None else ""
+                text = f"{where}{error.strerror}"
+            logger.warning("session %s could not begin: %s", name, text)
 
     def _check_same(self, name: str, ask: Ask, other: Ask) -> None:
         if ask.owner is None or ask.owner != other.owner:
@@ -216,6 +220,10 @@ class Sessions:
         session = self._server.session(name)
         if self._server.stopping:
             raise OSError(errno.ESHUTDOWN, f"session {name} is not changed: the server is stopping")
+        if session.state != "active":
+            raise OSError(
+                errno.EPIPE, f"session {name} is {session.state}: nothing is kept for it any more"
+            )
         if limit is not None and any(holds_space(fleece.temp) for fleece in session.fleeces):
             raise OSError(
                 errno.EINVAL,

@@ -10,6 +10,7 @@ from fleecenbd.engine.session import SessionOptions
 from fleecenbd.server.limits import ServerLimits
 from fleecenbd.storage.device import Device
 from tests.nbd import wire
+from tests.server.controlled import controlled
 from tests.server.room import CLUSTER, MODES, SIZE, Client, Room, pattern, room, tight
 from tests.simulation.gated import GatedDevice
 
@@ -278,3 +279,18 @@ async def test_a_guest_is_connected_all_the_while_a_session_comes_and_goes() -> 
         assert (await guest.reply()).cookie == second
         backup = await served.client("vda@n")
         assert await backup.read(0, 1024) == b"1" * 512 + pattern(SIZE)[512:1024]
+
+
+async def test_a_session_that_broke_gets_no_other_limit() -> None:
+    async with controlled() as control:
+        await control.served.client("vda")
+        await control.put("sessions/n", {"temp_limit": CLUSTER})
+        guest = control.served.clients[0]
+        for cluster in range(2):
+            await guest.write(cluster * CLUSTER, b"x" * CLUSTER)
+        assert control.served.server.sessions["n"].state == "broken"
+        status, message = await control.refused("PATCH", "sessions/n", {"temp_limit": None})
+        assert (status, message) == (
+            409,
+            "session n is broken: nothing is kept for it any more",
+        )
