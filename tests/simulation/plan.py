@@ -170,11 +170,11 @@ def _full(plan: Plan, rng: random.Random) -> Plan:
     room = RoomPlan(
         size=unit * (reserve + 2 + rng.randrange(1, 2 + clusters)),
         unit=unit,
-        others=rng.choice((0, 5, 30)),
+        others=rng.choice((0, 0, 30)) if is_tight else rng.choice((0, 5, 30)),
         pause_s=rng.choice((0.01, 0.02, 0.1)),
-        latency_s=rng.choice((0.001, 0.02, 0.2)),
+        latency_s=rng.choice((0.02, 0.1, 0.3)) if is_tight else rng.choice((0.001, 0.02, 0.2)),
         hangs=rng.choice((0.0, 0.0, 0.1)),
-        look_s=rng.choice((0.01, 0.05, 1.0)),
+        look_s=rng.choice((0.001, 0.01)) if is_tight else rng.choice((0.01, 0.05, 1.0)),
     )
     limits = {**plan.limits, "LOW": rng.choice((0.0, 0.0, 0.3, 0.8))}
     return replace(plan, kind="full", sessions=tuple(sessions), room=room, limits=limits)

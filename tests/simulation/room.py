@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .world import World
 
 HANGS_S = 30.0
-LOOKS_MAX = 60
+LOOKS_MAX = 200
 """Else a session that nobody finishes would be looked at for ever."""
 
 
