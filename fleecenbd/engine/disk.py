@@ -53,8 +53,6 @@ class Disk:
         """Bytes that the image has now, as far as is known: others can change that."""
         self.lost: str | None = None
         """Why nothing can be read or written any more: who keeps the image is gone."""
-        if isinstance(device, Losable):
-            device.on_lost = partial(is_lost, self)
         self.fleeces: list[Fleece] = []
         self.active_writes = 0
         """Guest requests that are changing the active image now."""
@@ -78,6 +76,8 @@ class Disk:
         self._idle = Waiters()
         self.read_now: Callable[[int, int], Buffer | None] = device.pread_now
         self.read: Callable[[int, int], Coroutine[Any, Any, Buffer]] = device.pread
+        if isinstance(device, Losable):
+            device.on_lost = partial(is_lost, self)
 
     # -- guest requests --------------------------------------------------------------------
 

@@ -115,11 +115,13 @@ class Room:
         """Ask the file system; one question at a time. A failure changes nothing."""
         if self._target is None:
             return
+        if self._looking is not None:
+            # What was asked before may be answered as of before.
+            await asyncio.shield(self._looking)
         if self._looking is None:
             self._looking = asyncio.get_running_loop().create_task(
                 self._look(self._target), name=f"room of {self._state.name}"
             )
-        # The answer to a question that was asked before may be of before.
         await asyncio.shield(self._looking)
 
     async def _look(self, target: Roomy) -> None:

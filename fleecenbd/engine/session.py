@@ -186,13 +186,12 @@ async def arm(
     Raises OSError: what ``make_temp``, ``store`` and ``guests`` raised, EINVAL for a cluster size
     below the temp image's block and for a temp limit below one cluster, ETIMEDOUT when active
     writes were still in flight after ``deadline_s``, or the store had not described the session by
-    then, ENOENT, EBUSY or EINVAL for a bitmap that is not there, is used or is lost. Nothing is
-    left behind then.
+    then, ENOENT, EBUSY or EINVAL for a bitmap that is not there, is used or is lost; EINVAL and EIO
+    for an image that changes its size, or is lost, in between. Nothing is left behind then.
     """
     if session_id is None:
         session_id = random_uuid()
-    for disk in disks:
-        check_usable(disk)
+    _check_alive(disks, ())
     claims: list[BitmapClaim | None] = []
     fleeces: list[Fleece] = []
     described: Session | None = None
@@ -203,6 +202,7 @@ async def arm(
         for disk, claim in zip(disks, claims, strict=True):
             making = _Making(name, session_id, disk, options, claim)
             fleeces.append(await making.fleece(make_temp, store))
+        _check_alive(disks, fleeces)
         with contextlib.ExitStack() as let_go:
             if guests is not None:
                 let_go.callback(guests.thaw)
@@ -234,6 +234,7 @@ async def arm(
             described = session
             try:
                 await _described(store, session, deadline, deadline_s)
+                _check_alive(disks, fleeces)
             except BaseException:
                 # Perhaps it is described all the same, and guests go on without it.
                 for fleece in fleeces:
@@ -261,6 +262,15 @@ async def arm(
             _close_unarmed(fleece)
         raise
     return session
+
+
+def _check_alive(disks: Sequence[Disk], fleeces: Sequence[Fleece]) -> None:
+    """Raises OSError where a disk cannot be used, or a temp image was lost meanwhile."""
+    for disk in disks:
+        check_usable(disk)
+    for fleece in fleeces:
+        if fleece.broken is not None:
+            raise OSError(errno.EIO, f"{fleece.name}: {fleece.broken}")
 
 
 def _close_unarmed(fleece: Fleece) -> None:

@@ -206,20 +206,22 @@ class FleeceState:
         self.room = Room(self, temp_reserve)
         self.stats.temp_clusters = 0 if target_reads_zero else self.clusters
         self.stats.temp_clusters_peak = self.stats.temp_clusters
-        if isinstance(target, Losable):
-            # Whatever the policy: without what was kept there is no point in time any more.
-            target.on_lost = self._lost
         if bits is None:
             self.give_access(None)
         else:
             self.done.bits &= self.access.bits
             self.copy.bits[:] = self.access.bits & ~self.done.bits
+        if isinstance(target, Losable):
+            # Whatever the policy: without what was kept there is no point in time any more.
+            target.on_lost = self._lost
 
     def give_access(self, clusters: bitarray | None) -> None:
         """Arming, once: the clusters that the backup may read, and that must be copied.
 
-        ``clusters``: a bit per cluster; None: all.
+        ``clusters``: a bit per cluster; None: all. What is dead by then gets none.
         """
+        if self.dead:
+            return
         for bitmap in (self.copy, self.access):
             bitmap.bits[: self.clusters] = 1 if clusters is None else clusters
 

@@ -143,10 +143,11 @@ class HoldingSpace(Protocol):
 
 @runtime_checkable
 class Losable(Protocol):
-    """A temp image in the hands of another process, which can lose it."""
+    """An image in the hands of another process, which can lose it."""
 
     on_lost: Callable[[str], None] | None
-    """Called with the reason once nothing that it held can be trusted, or read, any more."""
+    """Called with the reason once nothing that it held can be trusted, or read, any more; at once
+    where it is so when this is set."""
 
     async def wait_closed(self) -> None:
         """As Device has it."""

@@ -29,6 +29,7 @@ from urllib.parse import quote
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
 from fleecenbd.storage.children import start_child
+from fleecenbd.storage.losing import Losing
 from fleecenbd.storage.nbd_client import NbdClient
 from fleecenbd.storage.remote import ALLOCATION, CONNECTIONS_MAX, RemoteDevice
 
@@ -180,7 +181,7 @@ def _open_log() -> IO[bytes]:
     return tempfile.TemporaryFile()
 
 
-class QemuDevice(RemoteDevice):
+class QemuDevice(Losing, RemoteDevice):
     """storage.device.Device: the export of a child, which ends with it."""
 
     def __init__(
@@ -189,7 +190,6 @@ class QemuDevice(RemoteDevice):
         super().__init__(client, name, cluster=cluster, **facts)
         self.on_closed: Callable[[], Awaitable[None] | None] | None = None
         """Called once the child has ended; what it returns is waited for."""
-        self.on_lost: Callable[[str], None] | None = None
         self._child = child
         self._quit: Callable[[], Awaitable[None]] = child.quit
         """What ends it; raises OSError."""
@@ -203,8 +203,7 @@ class QemuDevice(RemoteDevice):
     def _has_ended(self, why: str) -> None:
         """The child has, and nobody had asked it to."""
         logger.error("%s: %s", self.name, why)
-        if self.on_lost is not None:
-            self.on_lost(why)
+        self._lose(why)
 
     async def _hang_up(self) -> None:
         await super()._hang_up()

@@ -66,10 +66,6 @@ class TempQcow2(QemuDevice, TempRemote):
         self._asking.close()
         await super()._hang_up()
 
-    def _has_ended(self, why: str) -> None:
-        self.lose(why)
-        super()._has_ended(why)
-
 
 async def make_temp_qcow2(
     path: str, size: int, *, cluster_size: int, backing: tuple[str, str] | None

@@ -18,6 +18,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from fleecenbd.storage.device import EXTENT_ZERO
+from fleecenbd.storage.losing import Losing
 from fleecenbd.storage.nbd_client import NbdClient
 from fleecenbd.storage.nbd_errors import NbdLost
 from fleecenbd.storage.remote import ALLOCATION, CLOSE_S, CONNECTIONS_MAX, RemoteDevice
@@ -30,15 +31,13 @@ WIPE_S = 60.0
 """Seconds that the end of a session leaves to freeing an export's space."""
 
 
-class TempRemote(RemoteDevice):
+class TempRemote(Losing, RemoteDevice):
     """A temp image at the other end of connections that are made once."""
 
     def __init__(self, client: NbdClient, name: str, *, size: int, **facts: Any) -> None:
         """``size``: bytes that are used of what is there."""
         super().__init__(client, name, **facts)
         self.size = size
-        self.on_lost: Callable[[str], None] | None = None
-        self.is_lost = False
 
     async def trim(self, offset: int, length: int) -> None:
         """Free the range's space; it then reads as zeroes. Raises OSError where that fails."""
@@ -49,13 +48,9 @@ class TempRemote(RemoteDevice):
             self.lose(error.strerror or str(error))
 
     def lose(self, why: str) -> None:
-        """Nothing that it held can be trusted any more. Told each time: the first one may have
-        been before there was anybody to tell."""
-        if self._is_closed:
-            return
-        self.is_lost = True
-        if self.on_lost is not None:
-            self.on_lost(why)
+        """Nothing that it held can be trusted any more."""
+        if not self._is_closed:
+            self._lose(why)
 
 
 class TempExport(TempRemote):

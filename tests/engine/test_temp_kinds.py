@@ -9,8 +9,10 @@ import pytest
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.fleece import Fleece
-from fleecenbd.engine.session import SessionOptions, arm
+from fleecenbd.engine.resizing import is_lost, resized
+from fleecenbd.engine.session import Guests, SessionOptions, arm
 from fleecenbd.engine.state import BREAK_GUEST_WRITE, BREAK_SNAPSHOT
+from fleecenbd.storage.losing import Losing
 from tests.simulation.gated import GatedDevice
 
 from .scene import CLUSTER, Scene, errno_of, read, simulated, trim
@@ -24,9 +26,18 @@ class Elsewhere(GatedDevice):
     on_lost: Callable[[str], None] | None = None
 
 
-async def _arm(scene: Scene, kind: type[GatedDevice], **options: object) -> Fleece:
+async def _arm(
+    scene: Scene,
+    kind: type[GatedDevice],
+    guests: Guests | None = None,
+    made: list[GatedDevice] | None = None,
+    **options: object,
+) -> Fleece:
     async def make_temp(disk: Disk, cluster_size: int, session_id: str) -> GatedDevice:
-        return kind("temp", disk.size)
+        temp = kind("temp", disk.size)
+        if made is not None:
+            made.append(temp)
+        return temp
 
     session = await arm(
         "s",
@@ -34,8 +45,23 @@ async def _arm(scene: Scene, kind: type[GatedDevice], **options: object) -> Flee
         SessionOptions(cluster_size=CLUSTER, **options),  # type: ignore[arg-type]
         make_temp,
         clock=asyncio.get_running_loop().time,
+        guests=guests,
     )
     return session.fleeces[0]
+
+
+class Meanwhile:
+    """Guests (engine.session.Guests): what happens while they are being put at rest."""
+
+    def __init__(self, happens: Callable[[], None]) -> None:
+        self.happens = happens
+        self.thawed = 0
+
+    async def freeze(self) -> None:
+        self.happens()
+
+    def thaw(self) -> None:
+        self.thawed += 1
 
 
 @simulated
@@ -95,3 +121,60 @@ def test_an_image_that_is_lost_breaks_its_session_and_no_guest_waits(policy: str
         temp.open("write")
 
     run()
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("temp", "its temp image is lost: it went away"),
+        ("disk", "is lost: it went away"),
+        ("size", "bytes now, and"),
+    ],
+)
+def test_what_is_lost_while_a_session_is_armed_fails_the_arming(what: str, text: str) -> None:
+    @simulated
+    async def run() -> None:
+        scene = Scene(8)
+        made: list[GatedDevice] = []
+
+        def happens() -> None:
+            if what == "temp":
+                assert isinstance(made[0], Elsewhere)
+                assert made[0].on_lost is not None
+                made[0].on_lost("it went away")
+            elif what == "disk":
+                is_lost(scene.disk, "it went away")
+            else:
+                resized(scene.disk, scene.disk.size - CLUSTER)
+
+        guests = Meanwhile(happens)
+        with pytest.raises(OSError, match=text):
+            await _arm(scene, Elsewhere, guests, made)
+        assert (scene.disk.fleeces, made[0].closed, guests.thawed) == ([], True, 1)
+        await scene.write(0)
+
+    run()
+
+
+@simulated
+async def test_an_image_that_is_lost_before_its_session_is_there_fails_the_arming() -> None:
+    class Gone(Losing, Elsewhere):  # type: ignore[misc]
+        def __init__(self, name: str, size: int) -> None:
+            super().__init__(name, size)
+            self._lose("it went away")
+
+    scene = Scene(8)
+    guests = Meanwhile(lambda: None)
+    with pytest.raises(OSError, match="its temp image is lost: it went away"):
+        await _arm(scene, Gone, guests)
+    assert (scene.disk.fleeces, guests.thawed) == ([], 0)
+
+
+@simulated
+async def test_a_disk_that_is_lost_before_it_is_one_says_so() -> None:
+    class Gone(Losing, GatedDevice):
+        pass
+
+    image = Gone("image", 8 * CLUSTER)
+    image._lose("it went away")
+    assert Disk("vda", image).lost == "it went away"

@@ -77,13 +77,14 @@ async def test_one_connection_of_several_that_is_lost_loses_nothing(tmp_path: Pa
         assert told == []
 
 
-async def test_what_is_lost_before_anybody_is_to_be_told_is_told_later(tmp_path: Path) -> None:
+async def test_what_is_lost_before_anybody_is_to_be_told_is_told_at_once(tmp_path: Path) -> None:
     async with _export(tmp_path) as (server, export):
         await server.stop()
         with pytest.raises(OSError, match="the connection is lost"):
             await export.pread(0, 4096)
         told: list[str] = []
         export.on_lost = told.append
+        assert len(told) == 1
         with pytest.raises(OSError, match="the connection is lost"):
             await export.pwrite(0, b"x" * 4096)
         assert len(told) == 1

@@ -118,6 +118,25 @@ async def test_a_copy_that_finds_room_after_all_goes_on() -> None:
 
 
 @simulated
+async def test_what_was_asked_before_is_not_the_last_word() -> None:
+    """A look was under way when others freed some: a copy that needs it has it asked anew."""
+    scene = Scene(8)
+    fleece, temp = await _arm(scene, 2)
+    await scene.write(0, 2)
+    temp.free = 0
+    temp.answers.clear()
+    look = asyncio.ensure_future(fleece.state.room.look())
+    await settle()
+    temp.free = 3
+    waiting = [scene.write(2), scene.write(3)]
+    await settle()
+    temp.answers.set()
+    await asyncio.gather(look, *waiting)
+    assert (fleece.broken, temp.asked) == (None, 3)
+    assert await read(fleece, 0, 8) == scene.old(0, 8)
+
+
+@simulated
 async def test_what_is_charged_while_a_look_is_under_way_counts() -> None:
     """The file system may have answered before it got that."""
     scene = Scene(8)
