@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlsplit
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server.temp_place import TempPlace
@@ -19,9 +20,16 @@ if TYPE_CHECKING:
     from fleecenbd.storage.temp_remote import TempExport
 
 LOOK_TIMEOUT_S = 20.0
+ENDING_TIMEOUT_S = 20.0
+"""Seconds that a temp image that has just ended may take to give back its space."""
+UNANSWERED_S = 900.0
+"""Seconds for which what was asked, and never answered, may still be done: after so many Linux
+gives up sending."""
 
 _live: set[TempExport] = set()
 """Exports that hold a temp image of this process's."""
+_unanswered: dict[str, float] = {}
+"""URI of an export, to the loop's time when it was given up with requests unanswered."""
 _making = asyncio.Lock()
 
 
@@ -53,23 +61,22 @@ async def make_export(
     """At an NBD server. ``disks``: all that are served.
 
     Raises OSError: EBUSY where another session here, or a disk, has what the URI leads to, under
-    whatever name.
+    whatever name, or where what an ended one asked for may still be done there.
     """
     from fleecenbd.storage.temp_remote import open_temp_export
 
     uri = place.uri(disk.name, session)
     async with _making:
-        # One that has just ended gives back its space: it may be the same.
-        ending = [asyncio.ensure_future(temp.wait_closed()) for temp in _live if temp.is_closed]
-        if ending:
-            await asyncio.wait(ending, timeout=LOOK_TIMEOUT_S)
+        await _ended(uri)
         export = await open_temp_export(uri, disk.size, cluster_size=cluster_size)
         try:
             async with asyncio.timeout(LOOK_TIMEOUT_S):
                 if not place.overwrite:
                     await export.check_empty()
                 for temp in list(_live):
-                    if await _is_same(export, temp, temp.alone, partial(_is_unusable, temp)):
+                    if await _is_same(
+                        export, temp.besides, temp.alone, partial(_is_unusable, temp)
+                    ):
                         raise _same(uri, "another temp image")
                 for other in list(disks):
                     if await _is_same(export, other.device, _not_alone, partial(_is_gone, other)):
@@ -86,8 +93,45 @@ async def make_export(
                 ) from None
             raise
         _live.add(export)
-    export.on_closed = partial(_live.discard, export)
+    export.on_closed = partial(_closed, export)
     return export
+
+
+def _closed(export: TempExport) -> None:
+    _live.discard(export)
+    if export.is_unanswered:
+        _unanswered[export.name] = asyncio.get_running_loop().time()
+
+
+async def _ended(uri: str) -> None:
+    """Return when no temp image that has ended can have anything done at this URI any more. Raises
+    OSError(EBUSY) where that takes too long."""
+    # Others, too, which may be the same by another name.
+    ending = {asyncio.ensure_future(temp.wait_closed()) for temp in _live if temp.is_closed}
+    if ending:
+        await asyncio.wait(ending, timeout=ENDING_TIMEOUT_S)
+    if any(temp.is_closed and _server_of(temp.name) == _server_of(uri) for temp in _live):
+        raise OSError(
+            errno.EBUSY,
+            "a temp image that has ended still gives back its space at that server; try again",
+            uri,
+        )
+    now = asyncio.get_running_loop().time()
+    for given_up, since in list(_unanswered.items()):
+        if now - since > UNANSWERED_S:
+            del _unanswered[given_up]
+    if uri in _unanswered:
+        raise OSError(
+            errno.EBUSY,
+            "its server has left a temp image that has ended without an answer, and may still "
+            f"write what that had asked for; give another export, or wait for {UNANSWERED_S:g} s",
+            uri,
+        )
+
+
+def _server_of(uri: str) -> tuple[str, list[str]]:
+    parts = urlsplit(uri)
+    return parts.netloc, parse_qs(parts.query).get("socket", [])
 
 
 async def _is_same(
@@ -113,8 +157,8 @@ def _is_unusable(device: object) -> bool:
 
 
 @asynccontextmanager
-async def _not_alone(offset: int, length: int) -> AsyncIterator[None]:
-    """A guest may be writing: not to what is asked about, unless it is the same storage."""
+async def _not_alone() -> AsyncIterator[None]:
+    """Guests go on (same_storage.py)."""
     yield
 
 

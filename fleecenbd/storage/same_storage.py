@@ -2,31 +2,51 @@
 
 Many NBD servers ignore an export's name, or have several. A temp image in the place of another, or
 of a disk, would make a backup of wrong data, or wipe the disk, and nobody would be told.
+
+    1  compare a few places, where the other has data if that can be found; they differ: no
+    2  write a mark, look for it, put back what was there
+
+So a mark is written only where all that was compared is alike: where the other is empty, that is,
+or the same. If it is the same, and a guest's disk, then for as long as a few requests take a random
+4 KiB of it are not the guest's: zeroes, if there were any among the places.
 """
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol, TypeAlias
 
-from fleecenbd.storage.device import Buffer, Data
+from fleecenbd.storage.device import EXTENT_ZERO, Buffer, Data, Extent
 
 LOOK = 4096
 """Bytes that are looked at in one place."""
 PLACES = 4
 """Places that are compared first."""
+WINDOW = 64 << 20
+"""Bytes in which data is looked for, from a random place on."""
+RESTORE_S = 5.0
+"""Seconds for a mark to be written, late, and for what was there to be put back."""
 
 
 class Readable(Protocol):
     """What can be looked at."""
 
     @property
+    def name(self) -> str:
+        """As Device has it."""
+
+    @property
     def size(self) -> int:
         """Bytes."""
 
     async def pread(self, offset: int, length: int) -> Buffer:
+        """As Device has it."""
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
         """As Device has it."""
 
 
@@ -40,31 +60,77 @@ class Writable(Readable, Protocol):
         """As Device has it."""
 
 
-Alone: TypeAlias = Callable[[int, int], AbstractAsyncContextManager[None]]
-"""(offset, length) to a context in which nobody else writes there."""
+Alone: TypeAlias = Callable[[], AbstractAsyncContextManager[None]]
+"""To a context in which nobody else uses a device."""
 
 
 async def is_same_storage(one: Writable, other: Readable, alone: Alone) -> bool:
     """Whether what is written to ``one`` is seen in ``other``. Raises OSError.
 
-    Only where some places are alike a mark is written to one of them, and what was there is put
-    back; ``alone``: nobody else writes to ``other`` meanwhile.
+    ``alone``: nobody else uses ``other`` while there is a mark.
     """
     blocks = min(one.size, other.size) // LOOK
     if not blocks:
         return False
+    place = 0
+    is_zero = False
     for _ in range(PLACES):
-        offset = int.from_bytes(os.urandom(8), "big") % blocks * LOOK
-        if await one.pread(offset, LOOK) != await other.pread(offset, LOOK):
+        offset = await _place(other, blocks)
+        found = await _alike(one, other, offset)
+        if found is None:
             return False
+        if not is_zero:
+            place, is_zero = offset, not any(found)
+    async with alone():
+        return await _is_marked(one, other, place)
+
+
+async def _place(other: Readable, blocks: int) -> int:
+    """The offset of a place in which ``other`` has data, or just of any."""
+    offset = int.from_bytes(os.urandom(8), "big") % blocks * LOOK
+    end = blocks * LOOK
+    position = offset
+    for length, flags in await other.extents(offset, min(WINDOW, end - offset)):
+        start = position - position % LOOK
+        if not flags & EXTENT_ZERO and offset <= start:
+            return start
+        position += length
+    return offset
+
+
+async def _alike(one: Readable, other: Readable, offset: int) -> Buffer | None:
+    """What both have there; None: they differ."""
+    for _ in range(2):  # somebody may have written in between
+        found = await one.pread(offset, LOOK)
+        if found == await other.pread(offset, LOOK):
+            return found
+    return None
+
+
+async def _is_marked(one: Writable, other: Readable, offset: int) -> bool:
+    before = await one.pread(offset, LOOK)
     mark = os.urandom(LOOK)
-    async with alone(offset, LOOK):
-        before = await one.pread(offset, LOOK)
-        try:
-            await one.pwrite(offset, mark)
-            return await other.pread(offset, LOOK) == mark
-        finally:
-            if any(before):
-                await one.pwrite(offset, before)
-            else:
-                await one.zero(offset, LOOK)
+    marking = asyncio.ensure_future(one.pwrite(offset, mark))
+    try:
+        await asyncio.shield(marking)
+        return await other.pread(offset, LOOK) == mark
+    finally:
+        restoring = asyncio.ensure_future(_restore(one, offset, before, marking))
+        if (await asyncio.wait({restoring}, timeout=RESTORE_S))[1]:
+            raise OSError(
+                errno.ETIMEDOUT,
+                f"it does not answer: {LOOK} bytes at {offset} may hold a mark, and not what they "
+                "held",
+                one.name,
+            )
+        restoring.result()
+
+
+async def _restore(
+    one: Writable, offset: int, before: Buffer, marking: asyncio.Future[None]
+) -> None:
+    await asyncio.wait({marking})  # else it could come after what follows
+    if any(before):
+        await one.pwrite(offset, before)
+    else:
+        await one.zero(offset, LOOK)

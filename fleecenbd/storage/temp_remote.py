@@ -13,20 +13,28 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
-from fleecenbd.storage.device import EXTENT_ZERO
+from fleecenbd.storage.device import EXTENT_ZERO, Buffer, Extent
 from fleecenbd.storage.losing import Losing
 from fleecenbd.storage.nbd_client import NbdClient
-from fleecenbd.storage.nbd_errors import NbdLost
-from fleecenbd.storage.remote import ALLOCATION, CLOSE_S, CONNECTIONS_MAX, RemoteDevice
+from fleecenbd.storage.nbd_errors import NbdErrorReply, NbdLost
+from fleecenbd.storage.remote import (
+    ALLOCATION,
+    CLOSE_S,
+    CONNECTIONS_MAX,
+    RemoteDevice,
+    Result,
+)
 
 logger = logging.getLogger(__name__)
 
 HOLE_SIZE_MIN = 4096
 HOLE_SIZE_MAX = 2 << 20
+ALONE_S = 2.0
+"""Seconds that what is in flight has to end before a look at it: everybody waits meanwhile."""
 WIPE_S = 60.0
 """Seconds that the end of a session leaves to freeing an export's space."""
 
@@ -62,10 +70,43 @@ class TempExport(TempRemote):
         """Called once the connections are closed."""
         self.is_ours = False
         """What it holds is ours to give back."""
+        self.is_unanswered = False
+        """It is closed, and its server may still do what it was asked to."""
+        self._going_on: asyncio.Event | None = None
+        """While nothing is asked, for ``alone``."""
 
-    def alone(self, offset: int, length: int) -> AbstractAsyncContextManager[None]:
-        """Within it, nothing else changes what shares a cluster with the range."""
-        return self._apart.request(offset, length, is_alone=True)
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Within it, nothing is asked but through ``besides``. One at a time. Raises OSError where
+        what is being asked takes too long."""
+        self._going_on = asyncio.Event()
+        try:
+            if self._calls and (await asyncio.wait(self._calls, timeout=ALONE_S))[1]:
+                raise OSError(errno.ETIMEDOUT, "it does not answer", self.name)
+            yield
+        finally:
+            self._going_on.set()
+            self._going_on = None
+
+    @property
+    def besides(self) -> Besides:
+        """A way to look at it while nothing else is asked."""
+        return Besides(self)
+
+    async def _run(self, call: Coroutine[Any, Any, Result]) -> Result:
+        if self._going_on is not None:
+            call = _after(self._going_on, call)
+        return await super()._run(call)
+
+    async def look(self, offset: int, length: int) -> Buffer:
+        """As ``pread``, also within ``alone``."""
+        return await self._client.pread(offset, length)
+
+    async def look_for_data(self, offset: int, length: int) -> list[Extent]:
+        """As ``extents``, also within ``alone``."""
+        if ALLOCATION not in self._client.facts.contexts:
+            return [(length, 0)]
+        return await self._client.block_status(ALLOCATION, offset, length)
 
     async def wipe(self) -> None:
         """Free all of its space. Raises OSError."""
@@ -110,7 +151,11 @@ class TempExport(TempRemote):
             await asyncio.wait(self._calls, timeout=CLOSE_S)
         if self.is_ours and self._client.is_connected and not self.is_lost:
             await self._wipe_at_end()
+        calls = set(self._calls)
         await super()._hang_up()
+        if calls and not self.is_lost:  # what hung up has done what it was asked to, or is gone
+            await asyncio.wait(calls)
+            self.is_unanswered = any(_was_given_up(call) for call in calls)
         if self.on_closed is not None:
             self.on_closed()
 
@@ -124,6 +169,33 @@ class TempExport(TempRemote):
                 self.name,
                 getattr(error, "strerror", None) or f"it takes more than {WIPE_S:g} s",
             )
+
+
+async def _after(event: asyncio.Event, call: Coroutine[Any, Any, Result]) -> Result:
+    await event.wait()
+    return await call
+
+
+def _was_given_up(call: asyncio.Task[Any]) -> bool:
+    error = None if call.cancelled() else call.exception()
+    return isinstance(error, OSError) and not isinstance(error, NbdErrorReply)
+
+
+class Besides:
+    """same_storage.Readable."""
+
+    def __init__(self, export: TempExport) -> None:
+        self.name = export.name
+        self.size = export.size
+        self._export = export
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """As Device has it."""
+        return await self._export.look(offset, length)
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """As Device has it."""
+        return await self._export.look_for_data(offset, length)
 
 
 async def open_temp_export(uri: str, size: int, *, cluster_size: int) -> TempExport:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fleecenbd.storage import temp_remote
+from fleecenbd.storage import nbd_connections, remote, temp_remote
 from fleecenbd.storage.temp_remote import TempExport, open_temp_export
 
 from .scripted_nbd import (
@@ -18,6 +18,7 @@ from .scripted_nbd import (
     NO_HOLE,
     READ,
     TRIM,
+    WRITE,
     WRITE_ZEROES,
     Connection,
     Request,
@@ -135,6 +136,85 @@ async def test_a_server_that_does_not_answer_at_the_end_is_not_waited_for_for_ev
         await server.stop()
         await export.wait_closed()
     assert "what the temp image held could not be freed" in caplog.text
+
+
+@pytest.mark.parametrize("end", ["answer", "error", "hang"])
+async def test_who_was_never_answered_says_so_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(temp_remote, "WIPE_S", 0.1)
+    for module in (temp_remote, remote):
+        monkeypatch.setattr(module, "CLOSE_S", 0.1)
+    monkeypatch.setattr(nbd_connections, "CLOSE_TIMEOUT_S", 0.1)
+    async with asyncio.timeout(30), scripted(tmp_path) as server:
+        export = await open_temp_export(server.uri, SIZE, cluster_size=4096)
+        await export.take(overwrite=True)
+
+        async def answer(connection: Connection, request: Request) -> None:
+            if request.kind != WRITE:
+                await server.usual(connection, request)
+            elif end == "hang":
+                await asyncio.Event().wait()
+            elif end == "error":
+                connection.error(request, 5)
+            else:
+                await asyncio.sleep(0.05)
+                await server.usual(connection, request)
+
+        server.answer = answer
+        server.requests.clear()
+        writing = asyncio.ensure_future(export.pwrite(0, b"x" * 4096))
+        await server.seen(1)
+        export.close()
+        await export.wait_closed()
+        if end == "answer":
+            await writing
+        else:
+            with pytest.raises(OSError, match=r"Input/output|closed"):
+                await writing
+        assert export.is_unanswered == (end == "hang")
+
+
+async def test_nothing_else_is_asked_while_it_is_looked_at(tmp_path: Path) -> None:
+    async with _export(tmp_path) as (server, export):
+        await export.pwrite(0, b"x" * 4096)
+        async with export.alone():
+            others = [
+                asyncio.ensure_future(call)
+                for call in (export.pread(0, 4096), export.pwrite(0, b"y" * 4096))
+            ]
+            cancelled = asyncio.ensure_future(export.zero(8192, 4096))
+            await asyncio.sleep(0)
+            cancelled.cancel()
+            server.requests.clear()
+            assert await export.besides.pread(0, 4096) == b"x" * 4096
+            assert await export.besides.extents(0, 8192) == [(8192, 0)]
+            assert {request.kind for request in server.requests} == {READ, BLOCK_STATUS}
+            assert not any(other.done() for other in others)
+        await asyncio.gather(*others)
+        assert await export.pread(0, 4096) == b"y" * 4096
+
+
+async def test_who_does_not_answer_is_not_looked_at_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(temp_remote, "ALONE_S", 0.05)
+    async with _export(tmp_path) as (server, export):
+
+        async def hang(connection: Connection, request: Request) -> None:
+            await goes_on.wait()
+            await server.usual(connection, request)
+
+        goes_on = asyncio.Event()
+        server.answer = hang
+        reading = asyncio.ensure_future(export.pread(0, 4096))
+        await server.seen(1)
+        with pytest.raises(OSError, match="does not answer"):
+            async with export.alone():
+                pass
+        goes_on.set()
+        await reading
+        await export.pread(0, 4096)
 
 
 async def test_what_may_hold_data_is_read_by_nobody_and_kept(tmp_path: Path) -> None:
