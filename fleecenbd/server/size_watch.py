@@ -41,8 +41,8 @@ class SizeWatch:
             self._timer = None
 
     def _look_again(self) -> None:
+        self.start()  # first: what fails below is told, and looked at again
         self.look()
-        self.start()
 
     def look(self) -> None:
         """Ask every disk that is not being asked."""

@@ -44,8 +44,8 @@ class TempWatch:
             self._timer = None
 
     def _look_again(self) -> None:
+        self.start()  # first: what fails below is told, and looked at again
         self.look()
-        self.start()
 
     def look(self) -> None:
         """Tell what has changed since the last look."""

@@ -211,7 +211,7 @@ class DirectDevice(FileDevice):
 
     async def trim(self, offset: int, length: int) -> None:
         """Punch the range out, where the file system or the device can."""
-        self._check_writable()
+        self._check_writable(offset + length)
         await self._pool.run(self._changed, self._alone, self._space.discard, offset, length)
 
     # The end

@@ -163,7 +163,15 @@ class StateDirectory:
     # -- files -----------------------------------------------------------------------------
 
     def sync_files(self) -> None:
-        """Make the names of the files durable."""
+        """Make the names of the files durable, those elsewhere (temps.py) too."""
+        elsewhere = {
+            (self.files / os.readlink(entry.path)).parent
+            for entry in os.scandir(self.files)
+            if entry.is_symlink()
+        }
+        for folder in elsewhere:
+            with suppress(FileNotFoundError):  # what is not there is lost already
+                _sync(folder)
         _sync(self.files)
 
     def sweep(self, keep: set[str]) -> list[str]:

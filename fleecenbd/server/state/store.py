@@ -27,6 +27,7 @@ from fleecenbd.server.state.files import COMMIT_DEADLINE_S, Files
 from fleecenbd.server.state.names import Extra, Names, Unserved
 from fleecenbd.server.state.temps import Temps
 from fleecenbd.server.state.trust import Image
+from fleecenbd.storage.device import Losable
 from fleecenbd.storage.mapped import MappedFile
 from fleecenbd.storage.pool import ThreadPool
 
@@ -249,7 +250,8 @@ class FileStore:
         """
         for session in self._sessions.values():
             for fleece in session.fleeces:
-                if fleece.broken is None:
+                # What others keep goes with us: its session is a broken one then.
+                if fleece.broken is None and not isinstance(fleece.temp, Losable):
                     await fleece.block_copy.drained()
                     await fleece.temp.flush()
         if not await self._files.writer.run(self.directory.has_description):

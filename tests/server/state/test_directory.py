@@ -99,6 +99,20 @@ def test_a_mark_vouches_for_one_description_only(tmp_path: Path) -> None:
     assert not state.is_marked()
 
 
+def test_the_names_of_files_elsewhere_are_synced_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = StateDirectory.open(tmp_path / "state")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (state.files / "temp-1").symlink_to(elsewhere / "fleecenbd-temp-1")
+    (state.files / "temp-2").symlink_to(tmp_path / "gone" / "fleecenbd-temp-2")
+    synced: set[str] = set()
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.add(os.readlink(f"/proc/self/fd/{fd}")))
+    state.sync_files()
+    assert synced == {str(elsewhere), str(state.files)}
+
+
 def test_the_mark_s_removal_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = StateDirectory.open(tmp_path)
     state.mark(state.write(WHOLE, durable=True))

@@ -385,6 +385,23 @@ async def test_a_stop_that_could_not_sync_leaves_no_mark(
     await server.stop()
 
 
+async def test_a_stop_syncs_no_temp_image_that_goes_with_the_server(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who keeps it may hang, and others' sessions would pay for it."""
+    server = await place.start()
+    await _begin(server)
+    temp = server.sessions["s1"].fleeces[0].temp
+    monkeypatch.setattr(temp, "on_lost", None, raising=False)
+
+    async def fail() -> None:
+        raise OSError(errno.EIO, "Input/output error", "temp")
+
+    monkeypatch.setattr(temp, "flush", fail)
+    await server.stop()
+    assert (place.folder / "state" / "state.clean").exists()
+
+
 async def test_sessions_end_where_that_is_asked_for(place: Place) -> None:
     server = await place.start()
     await _begin(server, "full")
