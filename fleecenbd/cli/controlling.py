@@ -70,7 +70,7 @@ class ServerPlaces:
                 errno.EINVAL,
                 "the server has no place for temp images; start it with --state-dir",
             )
-        return TempDirectory(directory, session, place, self._server.disks.values()).make
+        return TempDirectory(directory, session, place, self._server.disks.values).make
 
     async def open_disk(self, name: str, image: str) -> Disk:
         """As the command line does, in a thread: its disk may hang."""

@@ -179,7 +179,7 @@ async def _begin(server: Server, options: ServeOptions, session: str) -> None:
     assert directory is not None, "a session needs a state directory"
     try:
         make_temp: MakeTemp = TempDirectory(
-            directory, session, options.temp, server.disks.values()
+            directory, session, options.temp, server.disks.values
         ).make
         if server.store is not None:
             make_temp = server.store.temps.maker(session, options.temp)

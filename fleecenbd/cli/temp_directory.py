@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ class TempDirectory:
         path: Path,
         session: str,
         place: TempPlace = OWN_FILES,
-        disks: Iterable[Disk] = (),
+        disks: Callable[[], Iterable[Disk]] = tuple,
     ) -> None:
         """``path``: the server's own, where ``place`` names no other. ``disks``: all that are
         served."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fleecenbd.engine.recording import RecordingBitmap
@@ -10,6 +11,7 @@ from fleecenbd.storage.device import Resizable
 
 if TYPE_CHECKING:
     from fleecenbd.engine.disk import Disk
+    from fleecenbd.engine.fleece import Fleece
 
 
 def resized(disk: Disk, size: int) -> list[RecordingBitmap]:
@@ -50,3 +52,12 @@ def check_usable(disk: Disk) -> None:
             f"the image of {disk.name} has {disk.image_size} bytes now, and {disk.size} when it "
             "was opened; add the disk anew, or start the server again",
         )
+
+
+def check_alive(disks: Sequence[Disk], fleeces: Sequence[Fleece]) -> None:
+    """Raises OSError where a disk cannot be used, or a temp image is lost."""
+    for disk in disks:
+        check_usable(disk)
+    for fleece in fleeces:
+        if fleece.broken is not None:
+            raise OSError(errno.EIO, f"{fleece.name}: {fleece.broken}")

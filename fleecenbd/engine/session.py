@@ -14,7 +14,7 @@ from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.ids import random_uuid
 from fleecenbd.engine.own_bits import BitmapClaim, OwnBits
 from fleecenbd.engine.recording import BitmapRequest, Since, scaled
-from fleecenbd.engine.resizing import check_usable
+from fleecenbd.engine.resizing import check_alive
 from fleecenbd.engine.room import holds_space, room_of
 from fleecenbd.engine.state import (
     BITMAP_CLUSTERS_MAX,
@@ -183,17 +183,17 @@ async def arm(
     which recording bitmap of each disk; ``Fleece.own`` says what became of it. ``session_id``
     None: a new UUID. ``guests``: frozen and thawed around the moment.
 
-    Raises OSError: what ``make_temp``, ``store`` and ``guests`` raised, EINVAL for a cluster size
-    below the temp image's block and for a temp limit below one cluster, ETIMEDOUT when active
-    writes were still in flight after ``deadline_s``, or the store had not described the session by
-    then, ENOENT, EBUSY or EINVAL for a bitmap that is not there, is used or is lost; EINVAL and EIO
-    for an image that changes its size, or is lost, in between. Nothing is left behind then.
+    Raises OSError, and leaves nothing behind: what ``make_temp``, ``store`` and ``guests`` raised,
+    EINVAL for a cluster size below the temp image's block and a temp limit below one cluster,
+    ETIMEDOUT when active writes were in flight, or the session not described, after ``deadline_s``,
+    ENOENT, EBUSY or EINVAL for a bitmap that is not there, is used or is lost; EINVAL and EIO for
+    an image that changes its size, or is lost, in between.
     """
     if session_id is None:
         session_id = random_uuid()
-    _check_alive(disks, ())
     claims: list[BitmapClaim | None] = []
     fleeces: list[Fleece] = []
+    check_alive(disks, fleeces)
     described: Session | None = None
     loop = asyncio.get_running_loop()
     try:
@@ -202,7 +202,7 @@ async def arm(
         for disk, claim in zip(disks, claims, strict=True):
             making = _Making(name, session_id, disk, options, claim)
             fleeces.append(await making.fleece(make_temp, store))
-        _check_alive(disks, fleeces)
+        check_alive(disks, fleeces)
         with contextlib.ExitStack() as let_go:
             if guests is not None:
                 let_go.callback(guests.thaw)
@@ -234,7 +234,7 @@ async def arm(
             described = session
             try:
                 await _described(store, session, deadline, deadline_s)
-                _check_alive(disks, fleeces)
+                check_alive(disks, fleeces)
             except BaseException:
                 # Perhaps it is described all the same, and guests go on without it.
                 for fleece in fleeces:
@@ -262,15 +262,6 @@ async def arm(
             _close_unarmed(fleece)
         raise
     return session
-
-
-def _check_alive(disks: Sequence[Disk], fleeces: Sequence[Fleece]) -> None:
-    """Raises OSError where a disk cannot be used, or a temp image was lost meanwhile."""
-    for disk in disks:
-        check_usable(disk)
-    for fleece in fleeces:
-        if fleece.broken is not None:
-            raise OSError(errno.EIO, f"{fleece.name}: {fleece.broken}")
 
 
 def _close_unarmed(fleece: Fleece) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fleecenbd.engine.disk import Disk
+from fleecenbd.server.temp_making import given_back
 from fleecenbd.storage.device import Losable
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ async def stop_server(server: Server, *, deadline_s: float) -> bool:
     if server.store is not None:
         closes.append(server.store.wait_closed())
     await _within(CLOSE_DEADLINE_S, [*closes, server.records_settled()])
-    if not await _within(TEMPS_DEADLINE_S, [temp.wait_closed() for temp in temps]):
+    # Those of sessions that had ended before, too.
+    giving_back = [given_back(), *(temp.wait_closed() for temp in temps)]
+    if not await _within(TEMPS_DEADLINE_S, giving_back):
         logger.warning("not all temp images are closed: what they hold may stay")
     return all_synced
 

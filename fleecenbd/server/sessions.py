@@ -30,6 +30,7 @@ from fleecenbd.server.exports import FleecingExport
 from fleecenbd.server.guest_hooks import GuestHooks
 from fleecenbd.server.places import Places
 from fleecenbd.server.server import Server
+from fleecenbd.server.temp_making import adding
 from fleecenbd.server.views import (
     DiskView,
     Life,
@@ -328,7 +329,8 @@ class Sessions:
             raise OSError(errno.EEXIST, f"there is a disk called {name} already")
         disk = await self._places.open_disk(name, image)
         try:
-            self._server.add_disk(disk)
+            async with adding(disk):
+                self._server.add_disk(disk)
         except BaseException:
             disk.device.close()
             raise

@@ -8,29 +8,36 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server.temp_place import TempPlace
-from fleecenbd.storage.same_storage import Alone, Readable, is_same_storage
+from fleecenbd.storage.device import Device
+from fleecenbd.storage.same_storage import Alone, is_same_storage
 
 if TYPE_CHECKING:
     from fleecenbd.storage.temp_qcow2 import TempQcow2
     from fleecenbd.storage.temp_remote import TempExport
 
 LOOK_TIMEOUT_S = 20.0
+TAKE_TIMEOUT_S = 60.0
+"""Seconds to empty what may hold data."""
 ENDING_TIMEOUT_S = 20.0
-"""Seconds that a temp image that has just ended may take to give back its space."""
+"""Seconds that temp images that have ended may take to give back their space."""
 UNANSWERED_S = 900.0
 """Seconds for which what was asked, and never answered, may still be done: after so many Linux
 gives up sending."""
 
+Server: TypeAlias = tuple[str, tuple[str, ...]]
+"""What an NBD URI says of it."""
+
 _live: set[TempExport] = set()
-"""Exports that hold a temp image of this process's."""
-_unanswered: dict[str, float] = {}
-"""URI of an export, to the loop's time when it was given up with requests unanswered."""
+"""Exports that are, or may be, changed by this process: until their connections are closed."""
+_unanswered: dict[Server, float] = {}
+"""Servers that were left with a request unanswered, to the loop's time of that."""
 _making = asyncio.Lock()
+"""One is made at a time, and no disk is added meanwhile."""
 
 
 def make_qcow2(path: str, disk: Disk, cluster_size: int) -> Awaitable[TempQcow2]:
@@ -56,7 +63,11 @@ def backing_of(image: str) -> tuple[str, str]:
 
 
 async def make_export(
-    place: TempPlace, session: str, disk: Disk, cluster_size: int, disks: Iterable[Disk]
+    place: TempPlace,
+    session: str,
+    disk: Disk,
+    cluster_size: int,
+    disks: Callable[[], Iterable[Disk]],
 ) -> TempExport:
     """At an NBD server. ``disks``: all that are served.
 
@@ -66,94 +77,164 @@ async def make_export(
     from fleecenbd.storage.temp_remote import open_temp_export
 
     uri = place.uri(disk.name, session)
-    async with _making:
-        await _ended(uri)
-        export = await open_temp_export(uri, disk.size, cluster_size=cluster_size)
-        try:
-            async with asyncio.timeout(LOOK_TIMEOUT_S):
+    await _ended(uri)  # here, too: it may be one client that a server admits
+    export = await open_temp_export(uri, disk.size, cluster_size=cluster_size)
+    export.on_closed = partial(_closed, export)
+    try:
+        async with _making:
+            async with _answering(uri, LOOK_TIMEOUT_S + ENDING_TIMEOUT_S):
                 if not place.overwrite:
                     await export.check_empty()
-                for temp in list(_live):
-                    if await _is_same(
-                        export, temp.besides, temp.alone, partial(_is_unusable, temp)
-                    ):
-                        raise _same(uri, "another temp image")
-                for other in list(disks):
-                    if await _is_same(export, other.device, _not_alone, partial(_is_gone, other)):
-                        raise _same(uri, f"disk {other.name}")
-            await export.take(overwrite=place.overwrite)
-        except BaseException as error:
-            export.close()
-            await export.wait_closed()
-            if isinstance(error, TimeoutError):
-                raise OSError(
-                    errno.ETIMEDOUT,
-                    f"it, or what else is kept, did not answer in {LOOK_TIMEOUT_S:g} s",
-                    uri,
-                ) from None
-            raise
-        _live.add(export)
-    export.on_closed = partial(_closed, export)
+                await _ended(uri)
+                _live.add(export)  # from here on it may be written to
+                await _is_apart(export, uri, disks)
+            async with _answering(uri, TAKE_TIMEOUT_S):
+                await export.take(overwrite=place.overwrite)
+    except BaseException:
+        export.close()
+        await export.wait_closed()
+        raise
     return export
 
 
-def _closed(export: TempExport) -> None:
-    _live.discard(export)
-    if export.is_unanswered:
-        _unanswered[export.name] = asyncio.get_running_loop().time()
-
-
-async def _ended(uri: str) -> None:
-    """Return when no temp image that has ended can have anything done at this URI any more. Raises
-    OSError(EBUSY) where that takes too long."""
-    # Others, too, which may be the same by another name.
-    ending = {asyncio.ensure_future(temp.wait_closed()) for temp in _live if temp.is_closed}
-    if ending:
-        await asyncio.wait(ending, timeout=ENDING_TIMEOUT_S)
-    if any(temp.is_closed and _server_of(temp.name) == _server_of(uri) for temp in _live):
+@asynccontextmanager
+async def _answering(name: str, seconds: float) -> AsyncIterator[None]:
+    """Raises OSError(ETIMEDOUT) after so many seconds."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        if error.errno is not None:
+            raise  # it says itself what took too long
         raise OSError(
-            errno.EBUSY,
-            "a temp image that has ended still gives back its space at that server; try again",
-            uri,
-        )
-    now = asyncio.get_running_loop().time()
-    for given_up, since in list(_unanswered.items()):
-        if now - since > UNANSWERED_S:
-            del _unanswered[given_up]
-    if uri in _unanswered:
-        raise OSError(
-            errno.EBUSY,
-            "its server has left a temp image that has ended without an answer, and may still "
-            f"write what that had asked for; give another export, or wait for {UNANSWERED_S:g} s",
-            uri,
-        )
+            errno.ETIMEDOUT, f"it, or what else is kept, did not answer in {seconds:g} s", name
+        ) from None
 
 
-def _server_of(uri: str) -> tuple[str, list[str]]:
-    parts = urlsplit(uri)
-    return parts.netloc, parse_qs(parts.query).get("socket", [])
+async def _is_apart(export: TempExport, uri: str, disks: Callable[[], Iterable[Disk]]) -> None:
+    """Raises OSError where it is the storage of another temp image, or of a disk; what comes and
+    goes meanwhile counts."""
+    apart: set[TempExport | Disk] = {export}
+    while True:
+        await _ended(uri)
+        temps = [temp for temp in _live if temp not in apart]
+        others = [disk for disk in disks() if disk not in apart]
+        if temps:
+            temp = temps[0]
+            try:
+                is_same = await is_same_storage(export.besides, temp.besides, temp.alone)
+            except OSError:
+                if temp.is_closed:
+                    continue  # it has ended meanwhile, and is waited for
+                raise
+            if temp.is_closed:
+                continue
+            if is_same:
+                raise _same(uri, "another temp image")
+            apart.add(temp)
+        elif others:
+            disk = others[0]
+            if await _is_disk(export, disk.device, _not_alone, disk):
+                raise _same(uri, f"disk {disk.name}")
+            apart.add(disk)
+        else:
+            return
 
 
-async def _is_same(
-    export: TempExport, other: Readable, alone: Alone, is_gone: Callable[[], bool]
-) -> bool:
-    """Raises OSError, but where the other one is gone: then it is not what has just answered."""
-    if is_gone():
+async def _is_disk(export: TempExport, device: Device, alone: Alone, disk: Disk) -> bool:
+    """Raises OSError, but where the disk is gone: then it is not what has just answered."""
+    if _is_gone(disk):
         return False
     try:
-        return await is_same_storage(export, other, alone)
+        return await is_same_storage(export.besides, device, alone)
     except OSError:
-        if is_gone():
+        if _is_gone(disk):
             return False
         raise
 
 
 def _is_gone(disk: Disk) -> bool:
-    return disk.lost is not None or _is_unusable(disk.device)
+    return disk.lost is not None or not getattr(disk.device, "is_usable", True)
 
 
-def _is_unusable(device: object) -> bool:
-    return not getattr(device, "is_usable", True)
+@asynccontextmanager
+async def adding(disk: Disk) -> AsyncIterator[None]:
+    """Within it the disk may be added to those that are served. Raises OSError(EBUSY) where it is
+    the storage of a temp image."""
+    if not _live and not _making.locked():
+        _check_answered(disk.device.name)
+        yield
+        return
+    async with _making:
+        async with _answering(disk.device.name, LOOK_TIMEOUT_S):
+            for temp in list(_live):
+                if await _is_temp(disk, temp):
+                    raise OSError(
+                        errno.EBUSY,
+                        "it leads to the storage of a session's temp image, whatever it is called",
+                        disk.device.name,
+                    )
+        _check_answered(disk.device.name)
+        yield
+
+
+async def _is_temp(disk: Disk, temp: TempExport) -> bool:
+    if temp.is_closed:
+        await temp.wait_closed()
+        return False
+    return await _is_disk(temp, disk.device, temp.alone, disk)
+
+
+def _closed(export: TempExport) -> None:
+    _live.discard(export)
+    if export.is_unanswered:
+        _unanswered[_server_of(export.name)] = asyncio.get_running_loop().time()
+
+
+async def given_back() -> None:
+    """Return when no temp image that has ended holds anything any more."""
+    while ending := _ending():
+        await asyncio.wait(ending)
+
+
+def _ending() -> set[asyncio.Future[None]]:
+    return {asyncio.ensure_future(temp.wait_closed()) for temp in _live if temp.is_closed}
+
+
+async def _ended(uri: str) -> None:
+    """Return when no temp image that has ended can have anything done at this URI any more. Raises
+    OSError(EBUSY) where that takes too long."""
+    # All of them: it may be the same server by another name.
+    if ending := _ending():
+        await asyncio.wait(ending, timeout=ENDING_TIMEOUT_S)
+    if slow := next((temp for temp in _live if temp.is_closed), None):
+        raise OSError(
+            errno.EBUSY,
+            f"a temp image that has ended still gives back its space ({slow.name}); try again",
+            uri,
+        )
+    _check_answered(uri)
+
+
+def _check_answered(uri: str) -> None:
+    """Raises OSError(EBUSY) where an ended temp image may still have something done there."""
+    since = _unanswered.get(_server_of(uri))
+    if since is None:
+        return
+    left = since + UNANSWERED_S - asyncio.get_running_loop().time()
+    if left > 0:
+        raise OSError(
+            errno.EBUSY,
+            "its server has left a temp image that has ended without an answer, and may still "
+            f"write what that had asked for; give another server, or try again in {left:.0f} s",
+            uri,
+        )
+    del _unanswered[_server_of(uri)]
+
+
+def _server_of(uri: str) -> Server:
+    parts = urlsplit(uri)  # of a path: nobody's
+    return parts.netloc, tuple(parse_qs(parts.query).get("socket", ()))
 
 
 @asynccontextmanager

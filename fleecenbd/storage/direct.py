@@ -24,6 +24,7 @@ is the one case in which more than the request's range is lost.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -66,7 +67,9 @@ class DirectDevice(FileDevice):
         if alignment is None:
             alignment = system_calls.direct_alignment(descriptor)
         # What tmpfs takes since Linux 6.6 goes through the page cache, its only home.
-        if not 0 < alignment <= BOUNCE_LENGTH or type_of(descriptor) in MEMORY_TYPES:
+        # (A block device's descriptor is on the file system of its node: on a tmpfs, mostly.)
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        if not 0 < alignment <= BOUNCE_LENGTH or (is_file and type_of(descriptor) in MEMORY_TYPES):
             raise no_direct_error(name)
         super().__init__(
             descriptor,

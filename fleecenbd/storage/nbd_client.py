@@ -58,6 +58,7 @@ class NbdClient:
         tell: Tell = lambda text: None,
         accept: Accept = lambda facts: None,
         explains: bool = False,
+        lasts: bool = True,
     ) -> NbdClient:
         """Connect to an NBD URI, by as many connections as are asked for and the server allows.
 
@@ -65,11 +66,11 @@ class NbdClient:
         once a connection is lost, None: without end; ``tell`` gets a line for the user at each.
         ``accept`` looks at what a connection leads to, each time one is made, and raises OSError
         if it is the wrong thing. ``explains``: what fails is asked for once more, for the server's
-        own text.
+        own text. ``lasts`` False: the first connection that is lost is the end of all.
 
         Raises OSError, and NbdRefused if somebody answers who will not serve the export as asked.
         """
-        made = NbdConnections(uri, contexts, retries=retries, tell=tell, accept=accept)
+        made = NbdConnections(uri, contexts, retries=retries, tell=tell, accept=accept, lasts=lasts)
         try:
             await made.open(connections)
         except BaseException:
@@ -101,6 +102,15 @@ class NbdClient:
     def is_connected(self) -> bool:
         """Whether there is a connection now."""
         return self._connections.is_open
+
+    @property
+    def left_changing(self) -> bool:
+        """Whether the server may still change the export as it was asked to, once all has ended."""
+        return self._connections.left_changing
+
+    def when_lost(self, tell: Callable[[OSError], None]) -> None:
+        """``tell`` is called once no call succeeds any more, but for ``close``."""
+        self._connections.on_failed = tell
 
     @property
     def generation(self) -> int:

@@ -228,10 +228,12 @@ class NbdConnection:
     def _lose(self, unanswered: list[NbdRequest], why: str) -> None:
         """The server is gone, or of no more use: hand back what it has not answered."""
         handle = self._handle
+        answered = len(unanswered)  # with "no", that is
         if handle.aio_get_direction() == 0:
             unanswered += self._unanswered(handle)
         else:
             unanswered += self._requests.values()
+        self.left_changing = any(request.changes for request in unanswered[answered:])
         self._let_go()
         error = OSError(errno.ECONNRESET, why, self._uri)
         waiting = [request for request in unanswered if not request.future.done()]
@@ -267,6 +269,7 @@ class NbdConnection:
         """Hang up, without a word. Hands back what was not answered."""
         unanswered = [request for request in self._requests.values() if not request.future.done()]
         if self._handle is not None:
+            self.left_changing = self.is_changing
             self._let_go()
         return unanswered
 

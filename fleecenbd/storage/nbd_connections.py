@@ -54,15 +54,20 @@ class NbdConnections:
         retries: int | None,
         tell: Tell,
         accept: Accept,
+        lasts: bool = True,
     ) -> None:
         """``retries``: attempts in a row to connect again; None: without end, whatever they fail
-        with."""
+        with. ``lasts`` False: the first connection that is lost is the end of all."""
         self.facts: NbdFacts
         """What was agreed on with the first connection."""
         self.size_offered = 0
         """Bytes of what the last connection that was made leads to."""
         self.generation = 0
         """Connections lost so far."""
+        self.left_changing = False
+        """The server has left without an answer what may change the export, and may still do it."""
+        self.on_failed: Callable[[OSError], None] | None = None
+        """Called once no call succeeds any more, but for ``close``."""
         self.wanted = 1
         """Connections that there are, or that are being made anew."""
         self._uri = uri
@@ -70,6 +75,7 @@ class NbdConnections:
         self._retries = retries
         self._tell = tell
         self._accept = accept
+        self._lasts = lasts
         self._loop = asyncio.get_running_loop()
         self._open: list[NbdConnection] = []
         self._waiting: deque[NbdRequest] = deque()
@@ -196,9 +202,14 @@ class NbdConnections:
     ) -> None:
         self.generation += 1
         self._open.remove(connection)
+        self.left_changing |= connection.left_changing
         if self._failure is not None:
             self._fail_requests(unanswered)
             self._replied.set()
+            return
+        if not self._lasts:
+            self._fail(self._given_up(error, 0))
+            self._fail_requests(unanswered)
             return
         self._ask_later(unanswered, error)
         if self._loop.time() - connection.since > LASTING_S:
@@ -273,9 +284,12 @@ class NbdConnections:
 
     def _fail(self, error: OSError) -> None:
         """From now on every call fails with this, those that wait among them."""
-        if self._failure is None:
+        is_news = self._failure is None
+        if is_news:
             self._failure = error
         self._fail_requests(self._abandon())
+        if is_news and self.on_failed is not None:
+            self.on_failed(error)
 
     def _failure_anew(self) -> OSError:
         """Not the same object for everybody, each of whom adds to its traceback."""
@@ -295,6 +309,7 @@ class NbdConnections:
         self._waiting.clear()
         for connection in self._open:
             requests += connection.abandon()
+            self.left_changing |= connection.left_changing
         self._open.clear()
         return requests
 
@@ -373,3 +388,4 @@ class NbdConnections:
             self._asker = None
             for requests in await asyncio.gather(*(each.close() for each in connections)):
                 self._fail_requests(requests)
+            self.left_changing |= any(each.left_changing for each in connections)

@@ -28,8 +28,10 @@ PLACES = 4
 """Places that are compared first."""
 WINDOW = 64 << 20
 """Bytes in which data is looked for, from a random place on."""
-RESTORE_S = 5.0
-"""Seconds for a mark to be written, late, and for what was there to be put back."""
+MARK_S = 2.0
+"""Seconds for a mark to be written and looked for: others may have to wait meanwhile,"""
+RESTORE_S = 2.0
+"""and for it to be written, late, and what was there to be put back."""
 
 
 class Readable(Protocol):
@@ -65,24 +67,30 @@ Alone: TypeAlias = Callable[[], AbstractAsyncContextManager[None]]
 
 
 async def is_same_storage(one: Writable, other: Readable, alone: Alone) -> bool:
-    """Whether what is written to ``one`` is seen in ``other``. Raises OSError.
+    """Whether what is written to ``one`` is seen in ``other``. Raises OSError, and TimeoutError.
 
-    ``alone``: nobody else uses ``other`` while there is a mark.
+    ``alone``: nobody else uses the one of the two that is in use, while there is a mark.
     """
     blocks = min(one.size, other.size) // LOOK
     if not blocks:
         return False
-    place = 0
+    place = None
     is_zero = False
+    differing = 0
     for _ in range(PLACES):
         offset = await _place(other, blocks)
         found = await _alike(one, other, offset)
         if found is None:
-            return False
-        if not is_zero:
+            differing += 1  # one of them may be a place that a guest never stops writing to
+            if differing == 2:
+                return False
+        elif not is_zero:
             place, is_zero = offset, not any(found)
+    assert place is not None, "most places are alike"
     async with alone():
-        return await _is_marked(one, other, place)
+        async with asyncio.timeout(MARK_S):
+            before = await one.pread(place, LOOK)
+        return await _is_marked(one, other, place, before)
 
 
 async def _place(other: Readable, blocks: int) -> int:
@@ -107,16 +115,18 @@ async def _alike(one: Readable, other: Readable, offset: int) -> Buffer | None:
     return None
 
 
-async def _is_marked(one: Writable, other: Readable, offset: int) -> bool:
-    before = await one.pread(offset, LOOK)
+async def _is_marked(one: Writable, other: Readable, offset: int, before: Buffer) -> bool:
     mark = os.urandom(LOOK)
     marking = asyncio.ensure_future(one.pwrite(offset, mark))
+    marking.add_done_callback(_retrieve)
     try:
-        await asyncio.shield(marking)
-        return await other.pread(offset, LOOK) == mark
+        async with asyncio.timeout(MARK_S):
+            await asyncio.shield(marking)
+            return await other.pread(offset, LOOK) == mark
     finally:
         restoring = asyncio.ensure_future(_restore(one, offset, before, marking))
         if (await asyncio.wait({restoring}, timeout=RESTORE_S))[1]:
+            restoring.add_done_callback(_retrieve)
             raise OSError(
                 errno.ETIMEDOUT,
                 f"it does not answer: {LOOK} bytes at {offset} may hold a mark, and not what they "
@@ -124,6 +134,12 @@ async def _is_marked(one: Writable, other: Readable, offset: int) -> bool:
                 one.name,
             )
         restoring.result()
+
+
+def _retrieve(late: asyncio.Future[None]) -> None:
+    """Nobody may wait for it any more: what it failed with is known then."""
+    if not late.cancelled():
+        late.exception()
 
 
 async def _restore(

@@ -3,9 +3,10 @@
 What is trimmed must read as zeroes, and be free. NBD's TRIM promises neither, so a trim is a
 WRITE_ZEROES that may punch holes: where that frees nothing, the server cannot.
 
-A connection that is lost is not made anew. Whoever answers then may have lost what had been written
-and not flushed, or all of it, and a backup would be handed that. Nobody can tell, so the image is
-lost: its session breaks at once (``on_lost``), whatever its policy is.
+A connection that is lost is not made anew, and is the end of the others. Whoever answers then may
+have lost what had been written and not flushed, or all of it, and a backup would be handed that;
+and what the lost one was asked for may still be done, after what came later. Nobody can tell, so
+the image is lost: its session breaks at once (``on_lost``), whatever its policy is.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fleecenbd.storage.device import EXTENT_ZERO, Buffer, Extent
+from fleecenbd.storage.device import EXTENT_ZERO, Buffer, Data, Extent
 from fleecenbd.storage.losing import Losing
 from fleecenbd.storage.nbd_client import NbdClient
-from fleecenbd.storage.nbd_errors import NbdErrorReply, NbdLost
+from fleecenbd.storage.nbd_errors import NbdLost
 from fleecenbd.storage.remote import (
     ALLOCATION,
     CLOSE_S,
@@ -70,10 +71,14 @@ class TempExport(TempRemote):
         """Called once the connections are closed."""
         self.is_ours = False
         """What it holds is ours to give back."""
-        self.is_unanswered = False
-        """It is closed, and its server may still do what it was asked to."""
         self._going_on: asyncio.Event | None = None
         """While nothing is asked, for ``alone``."""
+        client.when_lost(lambda error: self.lose(error.strerror or str(error)))
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Whether its server may still do what it was asked to, once it is closed."""
+        return self._client.left_changing
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
@@ -90,23 +95,13 @@ class TempExport(TempRemote):
 
     @property
     def besides(self) -> Besides:
-        """A way to look at it while nothing else is asked."""
+        """A way to it while nothing else is asked, and until the connections are closed."""
         return Besides(self)
 
     async def _run(self, call: Coroutine[Any, Any, Result]) -> Result:
         if self._going_on is not None:
             call = _after(self._going_on, call)
         return await super()._run(call)
-
-    async def look(self, offset: int, length: int) -> Buffer:
-        """As ``pread``, also within ``alone``."""
-        return await self._client.pread(offset, length)
-
-    async def look_for_data(self, offset: int, length: int) -> list[Extent]:
-        """As ``extents``, also within ``alone``."""
-        if ALLOCATION not in self._client.facts.contexts:
-            return [(length, 0)]
-        return await self._client.block_status(ALLOCATION, offset, length)
 
     async def wipe(self) -> None:
         """Free all of its space. Raises OSError."""
@@ -151,11 +146,7 @@ class TempExport(TempRemote):
             await asyncio.wait(self._calls, timeout=CLOSE_S)
         if self.is_ours and self._client.is_connected and not self.is_lost:
             await self._wipe_at_end()
-        calls = set(self._calls)
         await super()._hang_up()
-        if calls and not self.is_lost:  # what hung up has done what it was asked to, or is gone
-            await asyncio.wait(calls)
-            self.is_unanswered = any(_was_given_up(call) for call in calls)
         if self.on_closed is not None:
             self.on_closed()
 
@@ -176,13 +167,8 @@ async def _after(event: asyncio.Event, call: Coroutine[Any, Any, Result]) -> Res
     return await call
 
 
-def _was_given_up(call: asyncio.Task[Any]) -> bool:
-    error = None if call.cancelled() else call.exception()
-    return isinstance(error, OSError) and not isinstance(error, NbdErrorReply)
-
-
 class Besides:
-    """same_storage.Readable."""
+    """same_storage.Writable."""
 
     def __init__(self, export: TempExport) -> None:
         self.name = export.name
@@ -191,11 +177,22 @@ class Besides:
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """As Device has it."""
-        return await self._export.look(offset, length)
+        return await self._export._client.pread(offset, length)
+
+    async def pwrite(self, offset: int, data: Data) -> None:
+        """As Device has it."""
+        await self._export._write(offset, memoryview(data))
+
+    async def zero(self, offset: int, length: int) -> None:
+        """As Device has it."""
+        await self._export._zero(offset, length, may_trim=True, fast=False)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """As Device has it."""
-        return await self._export.look_for_data(offset, length)
+        client = self._export._client
+        if ALLOCATION not in client.facts.contexts:
+            return [(length, 0)]
+        return await client.block_status(ALLOCATION, offset, length)
 
 
 async def open_temp_export(uri: str, size: int, *, cluster_size: int) -> TempExport:
@@ -204,7 +201,7 @@ async def open_temp_export(uri: str, size: int, *, cluster_size: int) -> TempExp
     ``cluster_size``: as ``TempImage.create`` has it. Raises OSError: ENOSPC where it is too small.
     """
     client = await NbdClient.open(
-        uri, contexts=(ALLOCATION,), connections=CONNECTIONS_MAX, retries=0
+        uri, contexts=(ALLOCATION,), connections=CONNECTIONS_MAX, retries=0, lasts=False
     )
     try:
         facts = client.facts

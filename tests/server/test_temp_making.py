@@ -11,12 +11,14 @@ import pytest
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server import temp_making
-from fleecenbd.server.temp_making import make_export
+from fleecenbd.server.temp_making import adding, make_export
 from fleecenbd.server.temp_place import TempPlace
-from fleecenbd.storage import nbd_connections, remote, temp_remote
+from fleecenbd.storage import nbd_connections, remote, same_storage, temp_remote
 from fleecenbd.storage.memory import MemoryDevice
+from fleecenbd.storage.remote import open_remote
 from fleecenbd.storage.temp_remote import TempExport
 from tests.storage.scripted_nbd import (
+    READ,
     WRITE,
     WRITE_ZEROES,
     Connection,
@@ -30,6 +32,7 @@ SIZE = 1 << 20
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(temp_making, "_unanswered", {})
     for module in (temp_remote, remote):
         monkeypatch.setattr(module, "CLOSE_S", 0.1)
     monkeypatch.setattr(nbd_connections, "CLOSE_TIMEOUT_S", 0.1)
@@ -45,7 +48,7 @@ async def _server(tmp_path: Path) -> AsyncIterator[ScriptedServer]:
 async def _make(uri: str) -> TempExport:
     device = MemoryDevice(SIZE)
     await device.pwrite(0, b"d" * SIZE)
-    return await make_export(TempPlace(uri, overwrite=True), "n", Disk("vda", device), 4096, [])
+    return await make_export(TempPlace(uri, overwrite=True), "n", Disk("vda", device), 4096, tuple)
 
 
 async def test_one_that_still_gives_back_its_space_is_not_taken(tmp_path: Path) -> None:
@@ -95,10 +98,117 @@ async def test_one_whose_server_may_still_write_is_not_taken(
         server.answer = server.usual
         with pytest.raises(OSError, match="may still write what that had asked for"):
             await _make(server.uri)
-        other = await _make(server.uri.replace("///disk?", "///other?"))
-        other.close()
-        await other.wait_closed()
+        with pytest.raises(OSError, match="may still write what that had asked for"):
+            await _make(server.uri.replace("///disk?", "///other?"))
+        with pytest.raises(OSError, match="may still write what that had asked for"):
+            async with adding(Disk("vdb", await open_remote(server.uri))):
+                pass
         monkeypatch.setattr(temp_making, "UNANSWERED_S", 0.0)
         new = await _make(server.uri)
         new.close()
         await new.wait_closed()
+
+
+async def test_one_that_ends_while_another_is_made_is_waited_for(tmp_path: Path) -> None:
+    """It is not gone before its connections are: what it asked for comes late."""
+    async with _server(tmp_path) as server:
+        old = await _make(server.uri)
+        await old.pwrite(0, b"x" * 4096)
+        may_look, may_write = asyncio.Event(), asyncio.Event()
+        late = b"late" * 1024
+
+        async def slow(connection: Connection, request: Request) -> None:
+            if request.data == late:
+                await may_write.wait()
+            elif request.kind == READ and server.connections.index(connection) >= 4:
+                await may_look.wait()
+            await server.usual(connection, request)
+
+        server.answer = slow
+        writing = asyncio.ensure_future(old.pwrite(8192, late))
+        server.requests.clear()
+        making = asyncio.ensure_future(_make(server.uri))
+        while not any(request.kind == READ for request in server.requests):
+            await server.change()
+        old.close()
+        may_look.set()
+        await asyncio.sleep(0.05)
+        assert not making.done()
+        may_write.set()
+        await writing
+        new = await making
+        assert old._closing is not None
+        assert old._closing.done()
+        await new.pwrite(0, b"y" * 4096)
+        await asyncio.sleep(0.05)
+        assert bytes(server.disk).strip(b"\0") == b"y" * 4096
+        new.close()
+        await new.wait_closed()
+
+
+async def test_what_was_refused_with_a_request_unanswered_is_remembered(tmp_path: Path) -> None:
+    async with _server(tmp_path) as server:
+
+        async def hang(connection: Connection, request: Request) -> None:
+            if request.kind == WRITE_ZEROES:
+                await asyncio.Event().wait()
+            await server.usual(connection, request)
+
+        server.answer = hang
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(temp_making, "TAKE_TIMEOUT_S", 0.2)
+            with pytest.raises(OSError, match=r"did not answer in 0\.2 s"):
+                await _make(server.uri)
+        server.answer = server.usual
+        with pytest.raises(OSError, match="may still write what that had asked for"):
+            await _make(server.uri)
+
+
+async def test_a_server_that_hangs_holds_up_no_other(tmp_path: Path) -> None:
+    """Not for longer than it may be looked at."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    async with _server(tmp_path / "a") as hung, _server(tmp_path / "b") as fine:
+        live = await _make(fine.uri)
+
+        async def hang(connection: Connection, request: Request) -> None:
+            if request.kind == WRITE:
+                await asyncio.Event().wait()
+            await hung.usual(connection, request)
+
+        hung.answer = hang
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(same_storage, "MARK_S", 0.2)
+            patch.setattr(same_storage, "RESTORE_S", 0.2)
+            making = asyncio.ensure_future(_make(hung.uri))
+            while not any(request.kind == WRITE for request in hung.requests):
+                await hung.change()
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            await live.pwrite(0, b"x" * 4096)
+            assert loop.time() - started < 2
+            with pytest.raises(OSError, match="may hold a mark"):
+                await making
+        live.close()
+        await live.wait_closed()
+
+
+async def test_a_disk_that_is_a_temp_image_is_not_added(tmp_path: Path) -> None:
+    async with _server(tmp_path) as server:
+        temp = await _make(server.uri)
+        for content in (b"", b"x" * 4096):
+            if content:
+                await temp.pwrite(0, content)
+            disk = Disk("vdb", await open_remote(server.uri.replace("///disk?", "///other?")))
+            with pytest.raises(OSError, match="the storage of a session's temp image"):
+                async with adding(disk):
+                    raise AssertionError("it is refused")
+            disk.device.close()
+            await disk.device.wait_closed()
+            assert bytes(server.disk).strip(b"\0") == content
+        device = MemoryDevice(SIZE)
+        await device.pwrite(0, b"d" * SIZE)
+        async with adding(Disk("vdb", device)):
+            pass
+        temp.close()
+        await temp.wait_closed()

@@ -66,16 +66,23 @@ async def test_a_trim_that_fails_is_an_error(tmp_path: Path) -> None:
         server.answer = usual
 
 
-async def test_one_connection_of_several_that_is_lost_loses_nothing(tmp_path: Path) -> None:
+async def test_one_connection_of_several_that_is_lost_is_told_at_once(tmp_path: Path) -> None:
+    """What was asked there may still be done, after what is asked on another one now."""
     async with _export(tmp_path) as (server, export):
         told: list[str] = []
-        export.on_lost = told.append
+        is_told = asyncio.Event()
+        export.on_lost = lambda why: (told.append(why), is_told.set())[1]
         await export.pwrite(0, b"x" * 4096)
         assert len(server.connections) > 1
         server.connections[0].drop()
-        for _ in range(5):
-            assert await export.pread(0, 4096) == b"x" * 4096
-        assert told == []
+        await is_told.wait()
+        assert len(told) == 1
+        assert "the connection is lost" in told[0]
+        with pytest.raises(OSError, match="the connection is lost"):
+            await export.pread(0, 4096)
+        server.requests.clear()
+    assert not server.requests, "whoever answers there is asked for nothing"
+    assert not export.is_unanswered
 
 
 async def test_what_is_lost_before_anybody_is_to_be_told_is_told_at_once(tmp_path: Path) -> None:
@@ -138,7 +145,7 @@ async def test_a_server_that_does_not_answer_at_the_end_is_not_waited_for_for_ev
     assert "what the temp image held could not be freed" in caplog.text
 
 
-@pytest.mark.parametrize("end", ["answer", "error", "hang"])
+@pytest.mark.parametrize("end", ["answer", "error", "hang", "drop"])
 async def test_who_was_never_answered_says_so_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
@@ -157,6 +164,8 @@ async def test_who_was_never_answered_says_so_at_the_end(
                 await asyncio.Event().wait()
             elif end == "error":
                 connection.error(request, 5)
+            elif end == "drop":
+                connection.drop()
             else:
                 await asyncio.sleep(0.05)
                 await server.usual(connection, request)
@@ -170,9 +179,29 @@ async def test_who_was_never_answered_says_so_at_the_end(
         if end == "answer":
             await writing
         else:
-            with pytest.raises(OSError, match=r"Input/output|closed"):
+            with pytest.raises(OSError, match=r"Input/output|closed|lost"):
                 await writing
-        assert export.is_unanswered == (end == "hang")
+        assert export.is_unanswered == (end in ("hang", "drop"))
+
+
+async def test_a_wipe_that_was_never_answered_says_so_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(temp_remote, "WIPE_S", 0.1)
+    monkeypatch.setattr(nbd_connections, "CLOSE_TIMEOUT_S", 0.1)
+    async with asyncio.timeout(30), scripted(tmp_path) as server:
+        export = await open_temp_export(server.uri, SIZE, cluster_size=4096)
+        await export.take(overwrite=True)
+
+        async def hang(connection: Connection, request: Request) -> None:
+            if request.kind == WRITE_ZEROES:
+                await asyncio.Event().wait()
+            await server.usual(connection, request)
+
+        server.answer = hang
+        export.close()
+        await export.wait_closed()
+        assert export.is_unanswered
 
 
 async def test_nothing_else_is_asked_while_it_is_looked_at(tmp_path: Path) -> None:

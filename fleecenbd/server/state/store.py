@@ -61,6 +61,8 @@ class FileStore:
         """What a session's keeper wants to know of it after a restart, by its name."""
         self._committing: set[asyncio.Task[None]] = set()
         self._closing: set[asyncio.Task[None]] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
+        """As ``_closing``, and nobody waits for it."""
         self._makers = ThreadPool(str(directory.path), "bitmaps", size_max=2)
         self._files = Files(directory, found.files() if found is not None else set())
         self.temps = Temps(
@@ -224,7 +226,9 @@ class FileStore:
                 error.filename or self.directory.path,
                 error.strerror,
             )
-        self._start(session.wait_closed(), self._closing)
+        # What others keep has no file here that anybody would miss.
+        is_elsewhere = any(isinstance(fleece.temp, Losable) for fleece in session.fleeces)
+        self._start(session.wait_closed(), self._leaving if is_elsewhere else self._closing)
 
     def _start(self, work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:
         task = asyncio.get_running_loop().create_task(work)

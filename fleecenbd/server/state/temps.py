@@ -123,7 +123,7 @@ class Temps:
         place: TempPlace,
         session: str,
     ) -> Device:
-        temp = await make_export(place, session, disk, cluster_size, self._disks())
+        temp = await make_export(place, session, disk, cluster_size, self._disks)
         given_back = temp.on_closed
         closed = self._describe(session_id, disk.name, temp, name, NBD)
 
