@@ -75,10 +75,14 @@ OWN_FILES = TempPlace()
 
 
 def place_of(extra: Mapping[str, Any]) -> TempPlace:
-    """From what ``lasting`` gave; what is not there is as it was before there was a choice."""
-    return TempPlace(
-        extra.get("temp", RAW),
-        extra.get("temp_dir"),
-        extra.get("temp_prealloc", False),
-        extra.get("temp_overwrite", False),
-    )
+    """From what ``lasting`` gave; what is not there is as it was before there was a choice, and so
+    is what a later version has, and this one does not know."""
+    try:
+        return TempPlace(
+            extra.get("temp", RAW),
+            extra.get("temp_dir"),
+            extra.get("temp_prealloc", False),
+            extra.get("temp_overwrite", False),
+        )
+    except ValueError:
+        return OWN_FILES

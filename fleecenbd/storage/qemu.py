@@ -77,15 +77,21 @@ class QemuChild:
         """Start it, and connect. Raises OSError."""
         monitor = os.path.join(self.folder, "qmp")
         ready = os.path.join(self.folder, "pid")
-        self._process = await start_child(
-            (
-                *(PROGRAM, "--pidfile", ready),
-                *("--chardev", f"socket,id=qmp,path={monitor},server=on,wait=off"),
-                *("--monitor", "chardev=qmp"),
-            ),
-            stderr=self._log,
+        starting = asyncio.ensure_future(
+            start_child(
+                (
+                    *(PROGRAM, "--pidfile", ready),
+                    *("--chardev", f"socket,id=qmp,path={monitor},server=on,wait=off"),
+                    *("--monitor", "chardev=qmp"),
+                ),
+                stderr=self._log,
+            )
         )
-        self._watch()
+        try:
+            await asyncio.shield(starting)
+        finally:  # cancelled, too: only who knows it can end it
+            self._process = await starting
+            self._watch()
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 while not await asyncio.to_thread(os.path.exists, ready):

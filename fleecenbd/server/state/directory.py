@@ -27,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleecenbd.storage.locks import LockMode, lock_image
 from fleecenbd.storage.mapped import lock_file
 
 if TYPE_CHECKING:
@@ -158,21 +159,13 @@ class StateDirectory:
             os.unlink(self.path / CLEAN)
         except FileNotFoundError:
             return
-        _sync(self.path)
+        sync_folder(self.path)
 
     # -- files -----------------------------------------------------------------------------
 
     def sync_files(self) -> None:
-        """Make the names of the files durable, those elsewhere (temps.py) too."""
-        elsewhere = {
-            (self.files / os.readlink(entry.path)).parent
-            for entry in os.scandir(self.files)
-            if entry.is_symlink()
-        }
-        for folder in elsewhere:
-            with suppress(FileNotFoundError):  # what is not there is lost already
-                _sync(folder)
-        _sync(self.files)
+        """Make the names of the files durable."""
+        sync_folder(self.files)
 
     def sweep(self, keep: set[str]) -> list[str]:
         """Remove every file that is not to be kept; their names. What can't be removed is told."""
@@ -201,7 +194,7 @@ class StateDirectory:
         else:
             # Links are ours alone to make, and lead to nothing of another name.
             if elsewhere.name == f"fleecenbd-{name}":
-                elsewhere.unlink(missing_ok=True)
+                _unlink_unused(elsewhere)
         path.unlink(missing_ok=True)
 
     def set_aside(self, name: str) -> Path:
@@ -235,7 +228,7 @@ class StateDirectory:
                     os.fsync(descriptor)
             draft.replace(path)
             if durable:
-                _sync(self.path)
+                sync_folder(self.path)
         except OSError as error:
             with suppress(OSError):
                 draft.unlink()
@@ -248,7 +241,24 @@ def _read(path: Path, length_max: int) -> bytes:
         return file.read(length_max)
 
 
-def _sync(folder: Path) -> None:
+def _unlink_unused(path: Path) -> None:
+    """Remove a temp image. Raises OSError: EBUSY where somebody has it, who may have the original
+    of a state directory that was copied; ENOENT where its folder is not there, or not mounted."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise
+        return
+    try:
+        lock_image(descriptor, str(path), LockMode.EXCLUSIVE)
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in it durable. Raises OSError, with its path. Blocks."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -43,6 +43,10 @@ class Files:
         # One thread: what is written first is on disk first.
         self.writer = ThreadPool(str(directory.path), "state", size_max=1)
         self._remover = ThreadPool(str(directory.path), "removing", size_max=1)
+        self.folders: dict[str, str] = {}
+        """Of those that are elsewhere, by name."""
+        self._elsewhere: dict[str, ThreadPool] = {}
+        """Folders of temp images elsewhere, which may hang: nothing else waits for them."""
         self._lock = threading.Lock()
         # Under the lock, names of files:
         self._written = named  # in the description on disk
@@ -115,16 +119,33 @@ class Files:
 
     def remove(self, names: Collection[str]) -> None:
         """Remove files, in a thread; on the loop's. Once closed, the next start sweeps them."""
-        if names:
+        own = []
+        for name in names:
+            directory = self.folders.pop(name, None)
+            if directory is None:
+                own.append(name)
+            else:
+                with suppress(OSError):
+                    self.pool_of(directory).run(self.unlink, [name])
+        if own:
             with suppress(OSError):
-                self._remover.run(self.unlink, names)
+                self._remover.run(self.unlink, own)
+
+    def pool_of(self, directory: str) -> ThreadPool:
+        """The threads for what is made and removed there."""
+        pool = self._elsewhere.get(directory)
+        if pool is None:
+            pool = self._elsewhere[directory] = ThreadPool(directory, "elsewhere", size_max=2)
+        return pool
 
     async def removed(self) -> None:
-        """Return when all that was to be removed until now is."""
+        """Return when all that was to be removed here until now is."""
         await self._remover.run(int)
 
     def close(self) -> None:
         """Write nothing any more, and let go of the directory when everything has ended."""
+        for pool in self._elsewhere.values():
+            pool.close()
         self.writer.close(partial(self._remover.close, self.directory.close))
 
     async def wait_closed(self) -> None:

@@ -13,6 +13,7 @@ import errno
 import logging
 from collections.abc import Callable, Coroutine
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fleecenbd.engine.bitmap import Bitmap
@@ -21,7 +22,7 @@ from fleecenbd.engine.ids import random_uuid
 from fleecenbd.engine.session import Session
 from fleecenbd.engine.store import FleeceBits, RecordingBits
 from fleecenbd.server.state.bits import FileFleeceBits, FileRecordingBits
-from fleecenbd.server.state.directory import StateDirectory
+from fleecenbd.server.state.directory import StateDirectory, sync_folder
 from fleecenbd.server.state.disks import DiskFiles, take_back
 from fleecenbd.server.state.files import COMMIT_DEADLINE_S, Files
 from fleecenbd.server.state.names import Extra, Names, Unserved
@@ -252,12 +253,14 @@ class FileStore:
 
         The caller has drained everything: no guest writes any more, and images are synced.
         """
+        folders = set()
         for session in self._sessions.values():
             for fleece in session.fleeces:
                 # What others keep goes with us: its session is a broken one then.
                 if fleece.broken is None and not isinstance(fleece.temp, Losable):
                     await fleece.block_copy.drained()
                     await fleece.temp.flush()
+                    folders.add(Path(fleece.temp.name).parent)
         if not await self._files.writer.run(self.directory.has_description):
             return
         for name, files in self._disks.items():
@@ -269,6 +272,8 @@ class FileStore:
         for file in mapped:
             await self._makers.run(file.sync)
         description = self._describe(is_clean=True)
+        for folder in folders - {self.directory.files}:
+            await self._makers.run(sync_folder, folder)
         await self._makers.run(self.directory.sync_files)
         digest = await self._files.write(description, durable=True)
         await self._files.writer.run(self.directory.mark, digest)
@@ -363,10 +368,12 @@ class FileStore:
         drop: Callable[[Result], Any],
         *,
         option: str = "--state-dir",
+        elsewhere: str | None = None,
     ) -> Result:
         """Make a file in a thread; one that nobody waits for any more is dropped. ``option``: says
-        where else it could be."""
-        making = self._makers.run(make)
+        where else it could be; ``elsewhere``: the folder, if it is not ours."""
+        makers = self._makers if elsewhere is None else self._files.pool_of(elsewhere)
+        making = makers.run(make)
         try:
             return await asyncio.shield(making)
         except asyncio.CancelledError:

@@ -39,7 +39,12 @@ class _Make(Protocol):
     """Runs a call in a thread, and drops what nobody waits for any more."""
 
     def __call__(
-        self, make: Callable[[], Any], drop: Callable[[Any], Any], *, option: str
+        self,
+        make: Callable[[], Any],
+        drop: Callable[[Any], Any],
+        *,
+        option: str,
+        elsewhere: str | None,
     ) -> Awaitable[Any]: ...
 
 
@@ -86,7 +91,10 @@ class Temps:
 
         try:
             temp: TempImage = await self._make(
-                create, partial(self._drop, name), option=_option(place)
+                create,
+                partial(self._drop, name),
+                option=_option(place),
+                elsewhere=place.directory,
             )
         except OSError:
             self._files.release(name)
@@ -106,7 +114,7 @@ class Temps:
             self._files.release(name)
 
         try:
-            path = await self._make(create, drop, option=_option(place))
+            path = await self._make(create, drop, option=_option(place), elsewhere=place.directory)
             temp = await make_qcow2(path, disk, cluster_size)
         except BaseException:
             self._files.release(name)
@@ -144,6 +152,7 @@ class Temps:
             raise OSError(errno.EINVAL, "there is no such folder for temp images", directory)
         elsewhere = os.path.join(directory, f"{ELSEWHERE}{name}")
         os.symlink(elsewhere, path)
+        self._files.folders[name] = directory
         return elsewhere
 
     def _drop(self, name: str, temp: TempImage) -> None:
@@ -154,6 +163,9 @@ class Temps:
 
     def adopt(self, session_id: str, disk: str, temp: TempImage, name: str) -> None:
         """The temp image of that fleece is this file."""
+        folder = os.path.dirname(temp.name)
+        if folder != os.fspath(self._directory.files):
+            self._files.folders[name] = folder
         temp.on_closed = self._describe(session_id, disk, temp, name, RAW)
 
     def _describe(

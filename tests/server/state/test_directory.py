@@ -15,6 +15,7 @@ import pytest
 from fleecenbd.server.state import directory as module
 from fleecenbd.server.state.description import Description
 from fleecenbd.server.state.directory import DAMAGED_MAX, StateDirectory
+from fleecenbd.storage.temp import TempImage
 from tests.server.state.entries import WHOLE
 
 
@@ -99,18 +100,51 @@ def test_a_mark_vouches_for_one_description_only(tmp_path: Path) -> None:
     assert not state.is_marked()
 
 
-def test_the_names_of_files_elsewhere_are_synced_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def _elsewhere(state: StateDirectory, folder: Path, name: str) -> Path:
+    target = folder / f"fleecenbd-{name}"
+    (state.files / name).symlink_to(target)
+    return target
+
+
+def test_a_temp_image_elsewhere_goes_with_its_link(tmp_path: Path) -> None:
+    state = StateDirectory.open(tmp_path / "state")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    target = _elsewhere(state, elsewhere, "temp-1")
+    target.write_text("")
+    _elsewhere(state, elsewhere, "temp-2")  # a kill came before it was made
+    (elsewhere / "other").write_text("")
+    (state.files / "temp-3").symlink_to(elsewhere / "other")
+    assert sorted(state.sweep(set())) == ["temp-1", "temp-2", "temp-3"]
+    assert os.listdir(elsewhere) == ["other"]
+
+
+def test_what_is_not_mounted_is_not_forgotten(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = StateDirectory.open(tmp_path / "state")
+    target = _elsewhere(state, tmp_path / "elsewhere", "temp-1")
+    assert state.sweep(set()) == []
+    assert "temp-1 is left over, and stays" in caplog.text
+    target.parent.mkdir()
+    target.write_text("")
+    assert state.sweep(set()) == ["temp-1"]
+    assert not target.exists()
+
+
+def test_a_copied_directory_sweeps_nothing_of_a_live_server_s(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = StateDirectory.open(tmp_path / "state")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (state.files / "temp-1").symlink_to(elsewhere / "fleecenbd-temp-1")
-    (state.files / "temp-2").symlink_to(tmp_path / "gone" / "fleecenbd-temp-2")
-    synced: set[str] = set()
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.add(os.readlink(f"/proc/self/fd/{fd}")))
-    state.sync_files()
-    assert synced == {str(elsewhere), str(state.files)}
+    temp = TempImage.create_named(_elsewhere(state, elsewhere, "temp-1"), 1 << 20)
+    copy = StateDirectory.open(tmp_path / "copy")
+    _elsewhere(copy, elsewhere, "temp-1")
+    assert copy.sweep(set()) == []
+    assert "temp-1 is left over, and stays" in caplog.text
+    assert os.listdir(elsewhere) == ["fleecenbd-temp-1"]
+    temp.close()
 
 
 def test_the_mark_s_removal_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from fleecenbd.engine.recording import BitmapRequest
 from fleecenbd.engine.session import MakeTemp, SessionOptions
 from fleecenbd.server.server import Server
 from fleecenbd.server.state import files as files_module
+from fleecenbd.server.state import store as store_module
 from fleecenbd.server.state.directory import StateDirectory
 from fleecenbd.server.state.names import DisksMissing
 from fleecenbd.server.state.recovery import recover
+from fleecenbd.server.temp_place import TempPlace
 from fleecenbd.storage.file import FileDevice
 
 SIZE = 1 << 20
@@ -399,6 +402,67 @@ async def test_a_stop_syncs_no_temp_image_that_goes_with_the_server(
 
     monkeypatch.setattr(temp, "flush", fail)
     await server.stop()
+    assert (place.folder / "state" / "state.clean").exists()
+
+
+async def _begin_elsewhere(server: Server, name: str, folder: Path) -> None:
+    assert server.store is not None
+    make_temp = server.store.temps.maker(name, TempPlace(directory=str(folder)))
+    await server.begin(name, None, SessionOptions(temp_reserve=0), make_temp)
+
+
+def _wait_until_empty(folder: Path) -> None:
+    end = time.monotonic() + 30
+    while os.listdir(folder):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+async def test_a_stop_syncs_the_names_of_temp_images_elsewhere(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = place.folder / "elsewhere"
+    folder.mkdir()
+    server = await place.start()
+    await _begin(server)
+    await _begin_elsewhere(server, "s2", folder)
+    synced: list[Path] = []
+    monkeypatch.setattr(store_module, "sync_folder", synced.append)
+    await server.stop()
+    assert synced == [folder]
+    assert (place.folder / "state" / "state.clean").exists()
+    server = await place.start()
+    assert server.sessions["s2"].state == "active"
+    server.finish("s2")
+    assert server.store is not None
+    await server.store.wait_ended()
+    await asyncio.to_thread(_wait_until_empty, folder)
+    await server.stop()
+
+
+async def test_a_folder_that_hangs_holds_up_nothing_elsewhere(place: Place) -> None:
+    folder = place.folder / "elsewhere"
+    folder.mkdir()
+    server = await place.start()
+    await _begin_elsewhere(server, "s1", folder)
+    store = server.store
+    assert store is not None
+    goes_on = threading.Event()
+    for _ in range(2):  # as its calls do
+        store._files.pool_of(str(folder)).run(goes_on.wait)
+    begins = asyncio.ensure_future(_begin_elsewhere(server, "hung", folder))
+    server.finish("s1")
+    try:
+        async with asyncio.timeout(10):
+            await _begin(server, "s2")
+            server.finish("s2")
+            await store.wait_ended()
+        assert not begins.done()
+        begins.cancel()
+        async with asyncio.timeout(10):
+            await server.stop()
+    finally:
+        goes_on.set()
     assert (place.folder / "state" / "state.clean").exists()
 
 
