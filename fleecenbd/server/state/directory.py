@@ -24,9 +24,11 @@ import hashlib
 import logging
 import os
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleecenbd.server.state.elsewhere import Elsewhere
 from fleecenbd.storage.locks import LockMode, lock_image
 from fleecenbd.storage.mapped import lock_file
 
@@ -54,6 +56,8 @@ class StateDirectory:
         """Use ``open``."""
         self.path = path
         self.files = path / FILES
+        self.elsewhere = Elsewhere()
+        """Asks folders of temp images that are not here."""
         self._lock = lock
 
     @classmethod
@@ -174,7 +178,11 @@ class StateDirectory:
             if entry.name in keep or entry.is_dir(follow_symlinks=False):
                 continue
             try:
-                self.unlink(entry.name)
+                if entry.is_symlink():
+                    target = os.readlink(entry.path)
+                    self.elsewhere.ask(target, partial(self.unlink, entry.name), bool)
+                else:
+                    self.unlink(entry.name)
                 swept.append(entry.name)
             except OSError as error:
                 logger.warning("%s is left over, and stays: %s", entry.path, error.strerror)

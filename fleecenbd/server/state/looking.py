@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from fleecenbd.server.state.description import Description, FleeceEntry, SessionEntry
 from fleecenbd.server.state.directory import StateDirectory
@@ -126,11 +128,17 @@ def _open_fleece(
         try:
             if temp.size < -(-image.size // fleece.cluster_size) * fleece.cluster_size:
                 raise OSError(errno.EINVAL, f"it has {temp.size} bytes only")
-            found.temps[temp.file] = TempImage.reopen(
-                path_of(directory, temp.file),
+            path = path_of(directory, temp.file)
+            reopen = partial(
+                TempImage.reopen,
+                path,
                 temp.size,
                 temp.hole_size,
                 holds_space=temp.preallocated,
+            )
+            is_ours = os.path.dirname(path) == os.fspath(directory.files)
+            found.temps[temp.file] = (
+                reopen() if is_ours else directory.elsewhere.ask(path, reopen, TempImage.close)
             )
         except OSError as error:
             found.faults[temp.file] = f"its temp image cannot be used: {error.strerror}"

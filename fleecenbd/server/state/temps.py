@@ -163,9 +163,7 @@ class Temps:
 
     def adopt(self, session_id: str, disk: str, temp: TempImage, name: str) -> None:
         """The temp image of that fleece is this file."""
-        folder = os.path.dirname(temp.name)
-        if folder != os.fspath(self._directory.files):
-            self._files.folders[name] = folder
+        self._note_folder(name, temp.name)
         temp.on_closed = self._describe(session_id, disk, temp, name, RAW)
 
     def _describe(
@@ -184,7 +182,13 @@ class Temps:
         key = session_id, disk
         self._names.bits.setdefault(key, entry.bits)
         self._names.temps[key] = entry.temp
+        self._note_folder(entry.temp.file, path_of(self._directory, entry.temp.file))
         self._files.remove([entry.temp.file])
+
+    def _note_folder(self, name: str, path: str) -> None:
+        folder = os.path.dirname(path)
+        if folder != os.fspath(self._directory.files):
+            self._files.folders[name] = folder
 
     def _closed(self, key: Key, name: str) -> None:
         if self._is_broken(key):

@@ -16,6 +16,8 @@ from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.recording import BitmapRequest
 from fleecenbd.engine.session import MakeTemp, SessionOptions
 from fleecenbd.server.server import Server
+from fleecenbd.server.state import directory as directory_module
+from fleecenbd.server.state import elsewhere as elsewhere_module
 from fleecenbd.server.state import files as files_module
 from fleecenbd.server.state import store as store_module
 from fleecenbd.server.state.directory import StateDirectory
@@ -23,6 +25,7 @@ from fleecenbd.server.state.names import DisksMissing
 from fleecenbd.server.state.recovery import recover
 from fleecenbd.server.temp_place import TempPlace
 from fleecenbd.storage.file import FileDevice
+from fleecenbd.storage.temp import TempImage
 
 SIZE = 1 << 20
 OLD = b"old!" * (SIZE // 4)
@@ -436,6 +439,53 @@ async def test_a_stop_syncs_the_names_of_temp_images_elsewhere(
     server.finish("s2")
     assert server.store is not None
     await server.store.wait_ended()
+    await asyncio.to_thread(_wait_until_empty, folder)
+    await server.stop()
+
+
+async def test_a_folder_that_hangs_keeps_no_server_from_starting(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = place.folder / "elsewhere"
+    folder.mkdir()
+    server = await place.start()
+    await _begin(server)
+    await _begin_elsewhere(server, "s2", folder)
+    await _begin_elsewhere(server, "s3", folder)
+    await place.kill(server)
+    left = place.folder / "state" / "files" / "temp-left"
+    left.symlink_to(folder / "fleecenbd-temp-left")
+    goes_on = threading.Event()
+    reopen, unlink = TempImage.reopen, directory_module._unlink_unused
+
+    def slow_reopen(path: str, *args: object, **facts: object) -> TempImage:
+        if path.startswith(str(folder)):
+            goes_on.wait()
+        return reopen(path, *args, **facts)  # type: ignore[arg-type]
+
+    def slow_unlink(path: Path) -> None:
+        goes_on.wait()
+        unlink(path)
+
+    monkeypatch.setattr(TempImage, "reopen", slow_reopen)
+    monkeypatch.setattr(directory_module, "_unlink_unused", slow_unlink)
+    monkeypatch.setattr(elsewhere_module, "ANSWER_S", 0.2)
+    started = time.monotonic()
+    server = await place.start()
+    assert time.monotonic() - started < 5
+    assert [server.sessions[name].state for name in ("s1", "s2", "s3")] == [
+        "active",
+        "broken",
+        "broken",
+    ]
+    assert "its folder has not answered in 0.2 s" in caplog.text
+    assert "temp-left is left over, and stays" in caplog.text
+    goes_on.set()
+    await server.stop()
+    server = await place.start()
+    assert not left.is_symlink()
+    for name in ("s2", "s3"):
+        server.finish(name, failed=True)
     await asyncio.to_thread(_wait_until_empty, folder)
     await server.stop()
 
