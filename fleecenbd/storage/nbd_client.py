@@ -109,8 +109,8 @@ class NbdClient:
         return self._connections.left_changing
 
     def when_lost(self, tell: Callable[[OSError], None]) -> None:
-        """``tell`` is called once no call succeeds any more, but for ``close``."""
-        self._connections.on_failed = tell
+        """``tell`` is called once no call succeeds any more, but for ``close``; perhaps at once."""
+        self._connections.when_failed(tell)
 
     @property
     def generation(self) -> int:

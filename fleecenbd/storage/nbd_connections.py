@@ -66,8 +66,7 @@ class NbdConnections:
         """Connections lost so far."""
         self.left_changing = False
         """The server has left without an answer what may change the export, and may still do it."""
-        self.on_failed: Callable[[OSError], None] | None = None
-        """Called once no call succeeds any more, but for ``close``."""
+        self._on_failed: Callable[[OSError], None] | None = None
         self.wanted = 1
         """Connections that there are, or that are being made anew."""
         self._uri = uri
@@ -148,6 +147,13 @@ class NbdConnections:
         self._tell(
             f"{self._uri}: no more connections than {self.wanted}: {error.strerror or error}"
         )
+
+    def when_failed(self, tell: Callable[[OSError], None]) -> None:
+        """``tell`` is called once no call succeeds any more, but for ``close``: at once where it
+        is so already."""
+        self._on_failed = tell
+        if self._failure is not None:
+            tell(self._failure)
 
     @property
     def is_open(self) -> bool:
@@ -288,8 +294,8 @@ class NbdConnections:
         if is_news:
             self._failure = error
         self._fail_requests(self._abandon())
-        if is_news and self.on_failed is not None:
-            self.on_failed(error)
+        if is_news and self._on_failed is not None:
+            self._on_failed(error)
 
     def _failure_anew(self) -> OSError:
         """Not the same object for everybody, each of whom adds to its traceback."""

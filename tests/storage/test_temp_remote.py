@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fleecenbd.storage import nbd_connections, remote, temp_remote
+from fleecenbd.storage.nbd_client import NbdClient
 from fleecenbd.storage.temp_remote import TempExport, open_temp_export
 
 from .scripted_nbd import (
@@ -83,6 +84,19 @@ async def test_one_connection_of_several_that_is_lost_is_told_at_once(tmp_path: 
         server.requests.clear()
     assert not server.requests, "whoever answers there is asked for nothing"
     assert not export.is_unanswered
+
+
+async def test_a_connection_that_is_lost_while_others_are_made_is_told_too(tmp_path: Path) -> None:
+    async with asyncio.timeout(30), scripted(tmp_path) as server:
+        client = await NbdClient.open(server.uri, connections=1, retries=0, lasts=False)
+        server.connections[0].drop()
+        told = asyncio.Event()
+        client.when_lost(lambda error: told.set())
+        await told.wait()
+        export = TempExport(client, server.uri, size=SIZE, hole_size=4096)
+        assert export.is_lost
+        export.close()
+        await export.wait_closed()
 
 
 async def test_what_is_lost_before_anybody_is_to_be_told_is_told_at_once(tmp_path: Path) -> None:
