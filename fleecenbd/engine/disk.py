@@ -51,6 +51,8 @@ class Disk:
         self.size = device.size
         self.image_size = device.size
         """Bytes that the image has now, as far as is known: others can change that."""
+        self.resizes = 0
+        """How often it was found to have another size than this disk's."""
         self.lost: str | None = None
         """Why nothing can be read or written any more: who keeps the image is gone."""
         self.fleeces: list[Fleece] = []

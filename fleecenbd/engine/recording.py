@@ -96,6 +96,13 @@ class RecordingBitmap:
         """The session that resets it, from the start of its arming to its end."""
         self._bits = bits
 
+    def lose(self, why: str) -> None:
+        """Its bits cannot be trusted any more, whatever is written down of it, and when."""
+        if self.lost is None:
+            if self._bits is not None:
+                self._bits.mark_lost(why)
+            self.lost = why
+
     def close(self) -> None:
         """Let go of the buffer: its disk must no longer record in it."""
         self.bitmap.detach()

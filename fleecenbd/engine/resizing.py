@@ -23,12 +23,13 @@ def resized(disk: Disk, size: int) -> list[RecordingBitmap]:
         disk.device.limit(size if size < disk.size else None)
     if size == disk.size:
         return []
+    disk.resizes += 1
     why = f"the image of {disk.name} changed its size from {disk.size} to {size} bytes"
     for fleece in list(disk.fleeces):
         fleece.state.break_session(why)
     lost = [bitmap for bitmap in disk.bitmaps.values() if bitmap.lost is None]
     for bitmap in lost:
-        bitmap.lost = why
+        bitmap.lose(why)
     return lost
 
 
@@ -54,10 +55,23 @@ def check_usable(disk: Disk) -> None:
         )
 
 
-def check_alive(disks: Sequence[Disk], fleeces: Sequence[Fleece]) -> None:
-    """Raises OSError where a disk cannot be used, or a temp image is lost."""
-    for disk in disks:
-        check_usable(disk)
-    for fleece in fleeces:
-        if fleece.broken is not None:
-            raise OSError(errno.EIO, f"{fleece.name}: {fleece.broken}")
+class Alive:
+    """What a session is being armed over: as it was when that began."""
+
+    def __init__(self, disks: Sequence[Disk]) -> None:
+        """Raises OSError as ``check``."""
+        self._resizes = {disk: disk.resizes for disk in disks}
+        self.check(())
+
+    def check(self, fleeces: Sequence[Fleece]) -> None:
+        """Raises OSError where a disk cannot be used, has had another size in between, even if it
+        has its own again, or a temp image is lost."""
+        for disk, resizes in self._resizes.items():
+            check_usable(disk)
+            if disk.resizes != resizes:
+                raise OSError(
+                    errno.EINVAL, f"the image of {disk.name} had another size in between; try again"
+                )
+        for fleece in fleeces:
+            if fleece.broken is not None:
+                raise OSError(errno.EIO, f"{fleece.name}: {fleece.broken}")

@@ -111,6 +111,11 @@ class Room:
                 self._state.stats.limit_hits += 1
                 raise
 
+    def punched(self) -> None:
+        """Some was freed: how much is asked at once where guests are delayed for want of it."""
+        if self._target is not None and self._looking is None and self.delay_s() > 0:
+            self._begin_look(self._target)
+
     async def look(self) -> None:
         """Ask the file system; one question at a time. A failure changes nothing."""
         if self._target is None:
@@ -118,11 +123,13 @@ class Room:
         if self._looking is not None:
             # What was asked before may be answered as of before.
             await asyncio.shield(self._looking)
-        if self._looking is None:
-            self._looking = asyncio.get_running_loop().create_task(
-                self._look(self._target), name=f"room of {self._state.name}"
-            )
-        await asyncio.shield(self._looking)
+        await asyncio.shield(self._looking or self._begin_look(self._target))
+
+    def _begin_look(self, target: Roomy) -> asyncio.Task[None]:
+        self._looking = asyncio.get_running_loop().create_task(
+            self._look(target), name=f"room of {self._state.name}"
+        )
+        return self._looking
 
     async def _look(self, target: Roomy) -> None:
         # What these write may not be counted there yet.
@@ -141,6 +148,8 @@ class Room:
             self.free = free
             self.reserve = default_reserve(total) if self._asked is None else self._asked
             self.left = (max(0, free - self.reserve) >> self._state.shift) - self.during
+            if self._state.throttles:
+                self._state.guests.wake_all()  # the delays may be shorter now
 
     # -- what follows ----------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.ids import random_uuid
 from fleecenbd.engine.own_bits import BitmapClaim, OwnBits
 from fleecenbd.engine.recording import BitmapRequest, Since, scaled
-from fleecenbd.engine.resizing import check_alive
+from fleecenbd.engine.resizing import Alive
 from fleecenbd.engine.room import holds_space, room_of
 from fleecenbd.engine.state import (
     BITMAP_CLUSTERS_MAX,
@@ -193,7 +193,7 @@ async def arm(
         session_id = random_uuid()
     claims: list[BitmapClaim | None] = []
     fleeces: list[Fleece] = []
-    check_alive(disks, fleeces)
+    alive = Alive(disks)
     described: Session | None = None
     loop = asyncio.get_running_loop()
     try:
@@ -202,7 +202,7 @@ async def arm(
         for disk, claim in zip(disks, claims, strict=True):
             making = _Making(name, session_id, disk, options, claim)
             fleeces.append(await making.fleece(make_temp, store))
-        check_alive(disks, fleeces)
+        alive.check(fleeces)
         with contextlib.ExitStack() as let_go:
             if guests is not None:
                 let_go.callback(guests.thaw)
@@ -234,7 +234,7 @@ async def arm(
             described = session
             try:
                 await _described(store, session, deadline, deadline_s)
-                check_alive(disks, fleeces)
+                alive.check(fleeces)
             except BaseException:
                 # Perhaps it is described all the same, and guests go on without it.
                 for fleece in fleeces:

@@ -333,7 +333,7 @@ class FleeceState:
             if new > left:
                 raise room.error()
             room.left = left - new
-            room.during += new
+        room.during += new
         bits[first:end] = 1
         stats.temp_clusters = total
         if total > stats.temp_clusters_peak:
@@ -345,6 +345,7 @@ class FleeceState:
         self.stats.temp_clusters -= bits.count(1, first, end)
         bits[first:end] = 0
         if self.throttles:
+            self.room.punched()
             self.guests.wake_all()  # the delays are shorter now
 
     # -- what others wait for --------------------------------------------------------------

@@ -38,6 +38,10 @@ class RecordingBits(Protocol):
 
     buffer: bytearray | memoryview
 
+    def mark_lost(self, cause: str) -> None:
+        """They cannot be trusted any more, after a kill neither. A plain call, which must not
+        raise; the first cause stays."""
+
     def close(self) -> None:
         """No more use of the buffer; the engine holds no view of it any more."""
 
@@ -96,6 +100,9 @@ class MemoryFleeceBits:
 class _MemoryRecordingBits:
     def __init__(self, size: int, granularity: int) -> None:
         self.buffer: bytearray | memoryview = bytearray(Bitmap.bitmap_length(size, granularity))
+
+    def mark_lost(self, cause: str) -> None:
+        """Nothing outlives the process."""
 
     def close(self) -> None:
         """The memory goes with the object."""

@@ -64,7 +64,7 @@ class TempImage:
             _allocate(descriptor, name, self._file_size)
         self._file = FileDevice(descriptor, name, size=size, role="temp", threads_max=threads_max)
         self._clones = Clones(self._file)
-        self._first_room: tuple[int, int] | None = self._file.room_now()
+        self._first_room = self._file.room_now() if hole_size is None else None
         self.pread_now: ReadNow = self._file.pread_now
         self.pread_into_now: ReadIntoNow = self._file.pread_into_now
         self.pwrite_now: WriteNow = self._file.pwrite_now

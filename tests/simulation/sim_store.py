@@ -120,6 +120,9 @@ class _RecordingBits:
     def __init__(self, buffer: bytearray) -> None:
         self.buffer = buffer
 
+    def mark_lost(self, cause: str) -> None:
+        raise AssertionError("no image changes its size here")
+
     def close(self) -> None:
         """As above."""
 

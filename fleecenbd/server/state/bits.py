@@ -38,6 +38,10 @@ class FileRecordingBits:
         self.buffer: bytearray | memoryview = file.area("bits")
         self._closed = closed
 
+    def mark_lost(self, cause: str) -> None:
+        """The flag is in the file when this returns."""
+        self.file.mark_broken(cause)
+
     def close(self) -> None:
         """Unmap; the file goes once the description does not name it."""
         _close(self.file, [self.buffer])

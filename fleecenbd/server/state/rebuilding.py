@@ -115,6 +115,8 @@ class Rebuilding:
         if lost is None:
             lost = self._found.distrust[disk.name] or self._spoilt.get(entry.id)
             file = self._found.mapped.get(entry.file or "")
+            if lost is None and file is not None:
+                lost = file.broken
             if lost is None and (file is None or entry.file is None):
                 lost = self._found.faults.get(entry.file or "", "its bits are gone")
             if lost is not None:

@@ -14,6 +14,7 @@ import pytest
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.recording import BitmapRequest
+from fleecenbd.engine.resizing import resized
 from fleecenbd.engine.session import MakeTemp, SessionOptions
 from fleecenbd.server.server import Server
 from fleecenbd.server.state import directory as directory_module
@@ -406,6 +407,29 @@ async def test_a_stop_syncs_no_temp_image_that_goes_with_the_server(
     monkeypatch.setattr(temp, "flush", fail)
     await server.stop()
     assert (place.folder / "state" / "state.clean").exists()
+
+
+async def test_a_bitmap_that_was_lost_is_so_even_if_that_could_not_be_written_down(
+    place: Place,
+) -> None:
+    server = await place.start()
+    await _begin(server)
+    server.finish("s1")
+    assert server.store is not None
+    await server.store.wait_ended()
+    disk = server.disks["vda"]
+    (bitmap,) = resized(disk, SIZE // 2)
+    assert resized(disk, SIZE) == []
+    await disk.write(0, b"later than the change")
+    await place.kill(server)
+    server = await place.start()
+    assert server.disks["vda"].bitmaps["chain"].lost == bitmap.lost
+    await _begin(server, "s2", "use-or-new")
+    assert server.disks["vda"].bitmaps["chain"].lost is None
+    await place.kill(server)
+    server = await place.start()
+    assert server.disks["vda"].bitmaps["chain"].lost is None
+    await server.stop()
 
 
 async def _begin_elsewhere(server: Server, name: str, folder: Path) -> None:
