@@ -30,6 +30,10 @@ def test_what_an_older_server_left_is_in_its_own_files() -> None:
     assert place_of({"ttl_s": 1.0}) == OWN_FILES
 
 
+def test_what_a_later_server_left_is_no_error() -> None:
+    assert place_of({"temp": "of a kind to come"}) == OWN_FILES
+
+
 @pytest.mark.parametrize(
     ("fields", "text"),
     [

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import random
+import stat
 import tempfile
 import threading
 from pathlib import Path
@@ -270,3 +271,20 @@ async def test_nobody_writes_what_was_opened_for_reading(tmp_path: Path) -> None
             await call
     assert await device.pread(512, 1) == b"\0"
     await closed(device)
+
+
+@pytest.mark.skipif(not HAS_LOOP_DEVICES, reason="needs root and loop devices")
+async def test_a_block_device_s_node_may_be_on_a_tmpfs(tmp_path: Path) -> None:
+    """As in a container, whose /dev is one."""
+    content = os.urandom(SIZE)
+    image = tmp_path / "vda.raw"
+    image.write_bytes(content)
+    with loop_device(image) as path:
+        node = Path("/dev/shm") / f"fleecenbd-test-{os.getpid()}"
+        os.mknod(node, 0o600 | stat.S_IFBLK, os.stat(path).st_rdev)
+        try:
+            device = DirectDevice.open(node)
+            assert await device.pread(0, SIZE) == content
+            await closed(device)
+        finally:
+            node.unlink()

@@ -432,6 +432,24 @@ async def test_a_bitmap_that_was_lost_is_so_even_if_that_could_not_be_written_do
     await server.stop()
 
 
+async def test_a_stop_does_not_wait_for_what_others_keep_of_an_ended_session(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await place.start()
+    await _begin(server)
+    temp = server.sessions["s1"].fleeces[0].temp
+    monkeypatch.setattr(temp, "on_lost", None, raising=False)
+
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(temp, "wait_closed", hang)
+    server.finish("s1")
+    async with asyncio.timeout(5):
+        await server.stop()
+    assert (place.folder / "state" / "state.clean").exists()
+
+
 async def _begin_elsewhere(server: Server, name: str, folder: Path) -> None:
     assert server.store is not None
     make_temp = server.store.temps.maker(name, TempPlace(directory=str(folder)))
