@@ -176,7 +176,11 @@ def test_ctrl_c_leaves_what_resume_goes_on_with(served: Served, target: Path) ->
 def test_sigterm_and_a_window_that_is_closed_stop_it_as_well(
     served: Served, target: Path, number: signal.Signals
 ) -> None:
-    pulling = Pulling(served.begin(), target, "--rate", "1M")
+    before = signal.signal(number, signal.SIG_DFL)  # nohup may run the tests: it stays ignored
+    try:
+        pulling = Pulling(served.begin(), target, "--rate", "1M")
+    finally:
+        signal.signal(number, before)
     pulling.until("start")
     pulling.process.send_signal(number)
     status, err = pulling.end()
