@@ -9,7 +9,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 ANSWER_S = 5.0
@@ -30,36 +30,28 @@ class Elsewhere:
         ``ANSWER_S``; what comes later is dropped. Blocks."""
         folder = os.path.dirname(path)
         if folder not in self._hung:
-            answers: SimpleQueue[tuple[Result | None, BaseException | None]] = SimpleQueue()
-            lock = threading.Lock()
-            is_given_up = False
-
-            def run() -> None:
-                result, error = None, None
-                try:
-                    result = call()
-                except BaseException as caught:
-                    error = caught
-                with lock:
-                    if not is_given_up:
-                        answers.put((result, error))
-                        return
-                if result is not None:
-                    drop(result)
-
+            answer: Future[Result] = Future()
             # A daemon, since a hung call must not keep the process from ending.
-            threading.Thread(target=run, name=f"ask {folder}", daemon=True).start()
-            try:
-                result, error = answers.get(timeout=ANSWER_S)
-            except Empty:
-                with lock:
-                    is_given_up = answers.empty()
-                if is_given_up:
-                    self._hung.add(folder)
-                else:
-                    result, error = answers.get()
-            if not is_given_up:
-                if error is not None:
-                    raise error
-                return result  # type: ignore[return-value]
+            threading.Thread(
+                target=_answer, args=(answer, call, drop), name=f"ask {folder}", daemon=True
+            ).start()
+            wait((answer,), timeout=ANSWER_S)
+            if not answer.cancel():
+                return answer.result()
+            self._hung.add(folder)
         raise OSError(errno.ETIMEDOUT, f"its folder has not answered in {ANSWER_S:g} s", path)
+
+
+def _answer(
+    answer: Future[Result], call: Callable[[], Result], drop: Callable[[Result], object]
+) -> None:
+    try:
+        result = call()
+    except BaseException as error:
+        if answer.set_running_or_notify_cancel():
+            answer.set_exception(error)
+        return
+    if answer.set_running_or_notify_cancel():
+        answer.set_result(result)
+    else:
+        drop(result)
