@@ -5,6 +5,7 @@ the datagram or with the end of the process, whichever comes first.
 """
 
 import os
+import re
 import select
 import shlex
 import signal
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -70,30 +71,42 @@ class Serving:
         """All that the server has written to its standard error so far."""
         return self.log.read_text()
 
+    def descriptors(self) -> Iterator[tuple[Path, str]]:
+        """The server's open file descriptors, and what each refers to (needs procfs).
+
+        What is closed since the folder was listed is left out; a reader of an entry has to be
+        ready for the same.
+        """
+        for entry in Path(f"/proc/{self.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                yield entry, os.readlink(entry)
+
     def open_files(self) -> list[str]:
         """What the server's file descriptors refer to, sorted (needs procfs)."""
-        names = []
-        folder = Path(f"/proc/{self.pid}/fd")
-        for entry in folder.iterdir():
-            try:
-                names.append(os.readlink(entry))
-            except FileNotFoundError:  # closed since the folder was listed
-                continue
-        return sorted(names)
+        return sorted(name for _, name in self.descriptors())
+
+    def open_flags(self, path: Path) -> set[int]:
+        """The flags (open(2)) with which the server has ``path`` open (needs procfs)."""
+        found = set()
+        for entry, name in self.descriptors():
+            if name == str(path):
+                info = Path(f"/proc/{self.pid}/fdinfo/{entry.name}")
+                with suppress(FileNotFoundError):
+                    found |= {
+                        int(flags, 8)
+                        for flags in re.findall(r"^flags:\s*(\d+)$", info.read_text(), re.M)
+                    }
+        return found
 
     def temp_bytes(self) -> int:
         """The space that open temp images take: files of their own below the state directory, or
         files without a name, and there are no others (procfs)."""
-        folder = Path(f"/proc/{self.pid}/fd")
         used = {}
-        for entry in folder.iterdir():
-            try:
-                name = os.readlink(entry)
-                if name.endswith(" (deleted)") or "/files/temp-" in name:
+        for entry, name in self.descriptors():
+            if name.endswith(" (deleted)") or "/files/temp-" in name:
+                with suppress(FileNotFoundError):
                     status = entry.stat()
                     used[status.st_dev, status.st_ino] = status.st_blocks * 512
-            except FileNotFoundError:  # closed since the folder was listed
-                continue
         return sum(used.values())
 
     def kill(self) -> None:

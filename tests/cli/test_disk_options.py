@@ -112,13 +112,7 @@ def test_the_help_tells_of_both() -> None:
 
 def _is_direct(server: Serving, image: Path) -> bool:
     """Whether the server has the image open with O_DIRECT."""
-    (flags,) = {
-        int(line.split()[1], 8)
-        for entry in Path(f"/proc/{server.pid}/fd").iterdir()
-        if os.readlink(entry) == str(image)
-        for line in Path(f"/proc/{server.pid}/fdinfo/{entry.name}").read_text().splitlines()
-        if line.startswith("flags:")
-    }
+    (flags,) = server.open_flags(image)
     return bool(flags & os.O_DIRECT)
 
 

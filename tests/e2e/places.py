@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ def read_all(uri: str) -> bytes:
 
 
 def children_of(server: Serving) -> list[int]:
-    text = Path(f"/proc/{server.pid}/task/{server.pid}/children")
-    found = [int(word) for word in text.read_text().split()]
+    found: set[int] = set()
     for task in Path(f"/proc/{server.pid}/task").iterdir():
-        found += [int(word) for word in (task / "children").read_text().split()]
-    return sorted(set(found))
+        # A thread that ended since: its entry is gone, or what it says cannot be read any more.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found |= {int(word) for word in (task / "children").read_text().split()}
+    return sorted(found)
 
 
 def state_of(pid: int) -> str | None:
