@@ -6,11 +6,12 @@ Where the socket is: ``--control``, else FLEECENBD_CONTROL, else beside the defa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -28,6 +29,8 @@ ANSWER_TIMEOUT_S = 300.0
 """Seconds: arming, and both hooks, take less."""
 LOOK_TIMEOUT_S = 15.0
 """Seconds that a call that only looks may take: a server that is there answers it at once."""
+SILENCE_S = 60.0
+"""Seconds without a line of events: a server that is there sends one every 15."""
 NBD_GREETING = b"NBDMAGIC"
 
 
@@ -56,18 +59,55 @@ class ControlClient:
         self, method: str, *words: str, body: Any = None, result: str | None = None
     ) -> Any:
         """One call, ``/v1/WORD/WORD``; its answer as plain values. Raises CommandError."""
-        path = "/".join(quote(word, safe="") for word in words)
-        # Names are quoted already.
-        url = f"http://fleecenbd/v1/{path}" + (f"?result={result}" if result is not None else "")
-        data = None if body is None else msgspec.json.encode(body)
         total_s = LOOK_TIMEOUT_S if method == "GET" else ANSWER_TIMEOUT_S
         timeout = aiohttp.ClientTimeout(total=total_s, connect=CONNECT_TIMEOUT_S)
-        try:
+        with self._one_line_errors():
             async with self._session.request(
-                method, URL(url, encoded=True), data=data, timeout=timeout
+                method,
+                _url(*words, result=result),
+                data=None if body is None else msgspec.json.encode(body),
+                timeout=timeout,
             ) as answer:
                 content = await answer.read()
                 status = answer.status
+        if status == 204:
+            return None
+        decoded = self._decoded(content)
+        if status >= 400:
+            raise CommandError(_refusal(status, decoded))
+        return decoded
+
+    @contextlib.asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        """What happens from the moment on at which this is entered, until the server stops.
+
+        Raises CommandError, also where the server has died, or says nothing for so long that it
+        must be taken for hanging.
+        """
+        timeout = aiohttp.ClientTimeout(connect=CONNECT_TIMEOUT_S, sock_read=SILENCE_S)
+        with self._one_line_errors():
+            answer = await self._session.get(_url("events"), timeout=timeout)
+        # Nothing of the caller's is taken for the server's: it writes, too, and that may fail.
+        async with answer:
+            if answer.status >= 400:
+                with self._one_line_errors():
+                    content = await answer.read()
+                raise CommandError(_refusal(answer.status, self._decoded(content)))
+            yield self._told(answer)
+
+    async def _told(self, answer: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+        with self._one_line_errors():
+            async for line in answer.content:
+                if line.strip():  # an empty one: the server is there
+                    event = self._decoded(line)
+                    if not isinstance(event, dict) or "event" not in event:
+                        raise CommandError(self._stranger())
+                    yield event
+
+    @contextlib.contextmanager
+    def _one_line_errors(self) -> Iterator[None]:
+        try:
+            yield
         except TimeoutError:
             raise CommandError(
                 f"no answer from the server at {self.path} in time: it is stopped (SIGSTOP, a "
@@ -75,20 +115,34 @@ class ControlClient:
             ) from None
         except aiohttp.ClientConnectorError as error:
             raise CommandError(_no_server(self.path, error.errno)) from None
+        except aiohttp.ClientPayloadError:
+            raise CommandError(
+                f"the server at {self.path} went away in the middle of its answer: it was killed, "
+                "or has crashed; its log may say why"
+            ) from None
         except (aiohttp.ClientError, OSError) as error:
             raise CommandError(_no_http(self.path, error)) from None
-        if status == 204:
-            return None
+
+    def _decoded(self, content: bytes) -> Any:
         try:
-            decoded = msgspec.json.decode(content)
+            return msgspec.json.decode(content)
         except msgspec.DecodeError:
-            raise CommandError(
-                f"{self.path}: no control socket of fleecenbd answers there"
-            ) from None
-        if status >= 400:
-            told = decoded.get("error") if isinstance(decoded, dict) else None
-            raise CommandError(one_line(str(told or f"the server answered with status {status}")))
-        return decoded
+            raise CommandError(self._stranger()) from None
+
+    def _stranger(self) -> str:
+        return f"{self.path}: no control socket of fleecenbd answers there"
+
+
+def _url(*words: str, result: str | None = None) -> URL:
+    path = "/".join(quote(word, safe="") for word in words)
+    query = f"?result={result}" if result is not None else ""
+    # Names are quoted already.
+    return URL(f"http://fleecenbd/v1/{path}{query}", encoded=True)
+
+
+def _refusal(status: int, answer: Any) -> str:
+    told = answer.get("error") if isinstance(answer, dict) else None
+    return one_line(str(told or f"the server answered with status {status}"))
 
 
 def call_server(given: str | None, work: Callable[[ControlClient], Awaitable[Result]]) -> Result:

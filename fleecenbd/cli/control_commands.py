@@ -68,10 +68,12 @@ def add_commands(app: typer.Typer) -> None:
     app.command("status", cls=StrictCommand)(status)
     add_pull(app)
     add_backup(app)
-    # Only here: their module takes its options from this one.
+    # Only here: their modules take options from this one.
+    from fleecenbd.cli.event_commands import add_events
     from fleecenbd.cli.job_commands import job_app
 
     app.add_typer(job_app, name="job")
+    add_events(app)
 
 
 def call(control: str | None, method: str, *words: str, **options: Any) -> Any:
@@ -343,7 +345,9 @@ def status(
 ) -> None:
     """Disks, sessions, and how far each backup is."""
     if watch and as_json:
-        raise UsageError("--watch cannot be given with --json; GET /v1/events tells what happens")
+        raise UsageError(
+            "--watch cannot be given with --json; fleecenbd events --json tells what happens"
+        )
     if watch:
         if not sys.stdout.isatty():
             raise UsageError("--watch needs a terminal; leave it out, or use --json")
