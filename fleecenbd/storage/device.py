@@ -19,7 +19,7 @@ Rules that every device keeps (tests/storage/test_contract.py)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias, runtime_checkable
 
 Buffer: TypeAlias = bytes | bytearray
@@ -139,6 +139,14 @@ class HoldingSpace(Protocol):
 
     holds_space: bool
     """Each part holds space until it is trimmed, whether something was written there or not."""
+
+
+@runtime_checkable
+class TrimmingMany(Protocol):
+    """What a temp image may have besides: many ranges freed by one call, not by one each."""
+
+    async def trim_many(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """``trim`` of each (offset, length), in order. Raises OSError at the first that fails."""
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from fleecenbd.storage import system_calls
@@ -212,6 +212,18 @@ class TempImage:
         if end == self.size:
             end = self._file_size
         await self._file.punch(offset, end - offset)
+
+    async def trim_many(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Free all of these (offset, length), as ``trim`` does, by one call in the pool."""
+
+        def punch_each(descriptor: int) -> None:
+            for offset, length in ranges:
+                end = offset + length
+                if end == self.size:
+                    end = self._file_size
+                system_calls.fallocate(descriptor, PUNCH, offset, end - offset, self.name)
+
+        await self._file.change(punch_each)
 
     def flush_now(self) -> bool:
         """Whether there is nothing to do."""

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -182,6 +183,47 @@ async def test_space_that_cannot_be_freed_stays_charged_and_is_logged(
     assert fleece.stats.temp_clusters == 2
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert "vda@nightly: temp space could not be freed" in caplog.text
+
+
+class _Preallocated(GatedDevice):
+    """Holds all of its space from the start, and frees many ranges by one call."""
+
+    holds_space = True
+    fails_at: int | None = None
+
+    def __init__(self, clusters: int) -> None:
+        super().__init__("temp", clusters * CLUSTER, bytes(clusters * CLUSTER))
+        self.calls: list[list[tuple[int, int]]] = []
+
+    async def trim_many(self, ranges: Sequence[tuple[int, int]]) -> None:
+        if len(self.calls) == self.fails_at:
+            raise OSError(errno.EIO, "a test")
+        self.calls.append([(offset // CLUSTER, length // CLUSTER) for offset, length in ranges])
+
+
+@pytest.mark.parametrize("fails_at", [None, 0, 1])
+def test_all_that_was_released_is_freed_by_few_calls(
+    fails_at: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fleecenbd.engine.resume.PUNCHED_AT_ONCE", 2)
+
+    @simulated
+    async def run() -> None:
+        left = Left("0101001", "0100000")
+        left.temp = temp = _Preallocated(7)
+        temp.fails_at = fails_at
+        fleece = (await left.resume()).fleeces[0]
+        assert temp.log == []
+        calls = [[(0, 1), (2, 1)], [(4, 2)]]
+        assert temp.calls == calls[:fails_at]
+        charged = {None: "0101001", 0: "1111111", 1: "0101111"}[fails_at]
+        assert str(fleece.state.charged) == charged
+        assert fleece.stats.temp_clusters == charged.count("1")
+        assert ("vda@nightly: temp space could not be freed" in caplog.text) == (
+            fails_at is not None
+        )
+
+    run()
 
 
 @pytest.mark.parametrize("failed", [True, False])

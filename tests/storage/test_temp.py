@@ -66,6 +66,23 @@ async def test_the_last_part_of_an_odd_sized_image_is_freed_too(directory: Path)
     temp.close()
 
 
+async def test_many_ranges_are_freed_as_one_by_one(directory: Path) -> None:
+    temp = TempImage.create(directory, "vda@nightly", SIZE)
+    hole = temp.hole_size
+    await temp.pwrite(0, b"\xff" * SIZE)
+    tail = SIZE - SIZE % hole
+    assert tail > 8 * hole
+    await temp.trim_many([(hole, hole), (3 * hole, 2 * hole), (tail, SIZE - tail)])
+    assert temp.used_bytes() == tail - 3 * hole
+    shown = await temp.pread(0, SIZE)
+    for number in range(6):
+        byte = b"\0" if number in (1, 3, 4) else b"\xff"
+        assert shown[number * hole : (number + 1) * hole] == byte * hole
+    await temp.trim_many([])
+    assert temp.used_bytes() == tail - 3 * hole
+    temp.close()
+
+
 async def test_no_name_leads_to_it_and_its_space_goes_with_it(directory: Path) -> None:
     temp = TempImage.create(directory, "vda@nightly", SIZE)
     assert os.listdir(directory) == []
@@ -290,6 +307,8 @@ async def test_a_failing_trim_is_an_error(directory: Path, monkeypatch: pytest.M
     monkeypatch.setattr(system_calls, "fallocate", failing)
     with pytest.raises(OSError, match="Input/output error"):
         await temp.trim(0, 4096)
+    with pytest.raises(OSError, match="Input/output error"):
+        await temp.trim_many([(0, 4096)])
     temp.close()
 
 
