@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from tests.storage.kinds import HAS_LOOP_DEVICES, loop_device
 
 SIZE = 512 << 20
 """Bytes: mkfs.xfs makes none that is much smaller."""
+
+BUSY_S = 20.0
 
 CAN_MOUNT = HAS_LOOP_DEVICES
 """As with block devices: root where there are loop devices, and always where root runs CI."""
@@ -25,7 +28,7 @@ _PATH = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def _run(*command: str | Path) -> str:
-    environment = {**os.environ, "PATH": _PATH}
+    environment = {**os.environ, "PATH": _PATH, "LC_ALL": "C"}
     return subprocess.run(
         command, check=True, capture_output=True, text=True, env=environment
     ).stdout
@@ -46,7 +49,24 @@ def mounted(
         try:
             yield folder
         finally:
+            unmount(folder)
+
+
+def unmount(folder: Path) -> None:
+    """Unmount a file system; what is about to let go of it is waited for.
+
+    A loop device that was detached keeps its file, and that file's file system, while somebody
+    (udev, a mount namespace just made) still has the device open. Nothing tells when that is over.
+    """
+    end = time.monotonic() + BUSY_S
+    while True:
+        try:
             _run("umount", folder)
+            return
+        except subprocess.CalledProcessError as error:
+            if "busy" not in error.stderr or time.monotonic() > end:
+                raise AssertionError(error.stderr) from None
+        time.sleep(0.05)
 
 
 def blocks(path: Path | str) -> dict[int, int]:
@@ -68,7 +88,7 @@ def tmpfs(folder: Path, size: int) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        _run("umount", folder)
+        unmount(folder)
 
 
 def fill(folder: Path) -> Path:

@@ -28,6 +28,7 @@ from fleecenbd.cli.main import run
 from fleecenbd.client import chains
 from tests.controlling import Control
 from tests.disks import KIB, MIB, copy_disk, first_difference, make_disk
+from tests.mounts import unmount
 from tests.serving import CLIENTS_PATH, Serving, connected, serving
 from tests.serving import run as run_tool
 
@@ -552,7 +553,7 @@ def test_a_push_to_a_full_file_system_leaves_nothing_and_says_how_much_is_missin
         assert re.search(r"job \S+ has failed: .*No space left.* are missing", told), told
         assert list(small.iterdir()) == []
     finally:
-        run_tool("umount", small)
+        unmount(small)
     assert backups.last()["result"] == "failed"
 
 

@@ -16,7 +16,7 @@ import pytest
 from tests.controlling import Control
 from tests.disks import KIB, MIB
 from tests.e2e.places import TIMEOUT_S, is_backed_up, listening, read_all
-from tests.mounts import CAN_MOUNT, fill, mounted, tmpfs
+from tests.mounts import CAN_MOUNT, fill, mounted, tmpfs, unmount
 from tests.remembering import RememberingGuest, remembering
 from tests.serving import FLEECENBD, Serving, connected, run, serving, try_run
 from tests.storage.kinds import loop_device
@@ -243,7 +243,7 @@ def test_a_device_that_fails_under_the_temp_images_costs_the_session(
                     _is_overwritten(image)
                     _is_broken_and_the_next_is_fine(server, image, tmp_path, "Input/output error")
             finally:
-                run("umount", temps)
+                unmount(temps)
 
 
 def test_a_disk_that_fails_under_a_copy_costs_the_session(tmp_path: Path, image: Path) -> None:
