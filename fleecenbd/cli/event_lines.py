@@ -12,57 +12,31 @@ from fleecenbd.server import events
 Event: TypeAlias = Mapping[str, Any]
 
 _KIND_WIDTH = max(map(len, events.KINDS))
+_JOB = "{job}: {disk}@{session} to {target}"
+_CLIENT = "{export}: {client}"
 
 
 def line(event: Event) -> str:
     """One line, without its end; of a kind that a newer server may have, too."""
     kind = event["event"]
-    about = _TEXTS.get(kind, _fields)(event)
-    text = f"{tables.moment(event['time'])} {kind:<{_KIND_WIDTH}} {one_line(about)}"
+    text = _TEXTS.get(kind, _fields)
+    about = text.format_map(event) if isinstance(text, str) else text(event)
+    whole = f"{tables.moment(event['time'])} {kind:<{_KIND_WIDTH}} {one_line(about)}"
     # A hook's last words may be anything, and this goes to terminals.
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    return "".join(letter if letter.isprintable() else "?" for letter in whole)
 
 
 def _fields(event: Event) -> str:
     return ", ".join(f"{key} {event[key]}" for key in event if key not in ("event", "time"))
 
 
-def _fleece(event: Event) -> str:
-    return f"{event['disk']}@{event['session']}"
-
-
 def _session_begun(event: Event) -> str:
     return f"{event['session']} over {', '.join(event['disks'])}, {event['id']}"
 
 
-def _session_finished(event: Event) -> str:
-    return f"{event['session']}: {event['result']}, {event['id']}"
-
-
-def _session_broken(event: Event) -> str:
-    return f"{_fleece(event)}: {event['reason']}"
-
-
-def _client(event: Event) -> str:
-    return f"{event['export']}: {event['client']}"
-
-
-def _disk_added(event: Event) -> str:
-    return f"{event['disk']}: {event['image']}"
-
-
-def _disk_removed(event: Event) -> str:
-    return str(event["disk"])
-
-
-def _disk_resized(event: Event) -> str:
-    served, now = event["size"], event["image_size"]
-    return f"{event['disk']}: served as {served} bytes, its image has {now} now"
-
-
 def _temp(event: Event) -> str:
     used, limit = tables.size(event["used"]), tables.size(event["limit"])
-    return f"{_fleece(event)}: {used} of {limit} in use"
+    return f"{event['disk']}@{event['session']}: {used} of {limit} in use"
 
 
 def _temp_throttled(event: Event) -> str:
@@ -71,44 +45,29 @@ def _temp_throttled(event: Event) -> str:
     return f"{_temp(event)}; guest writes that copy wait {tables.duration(event['delay'])}"
 
 
-def _hook_failed(event: Event) -> str:
-    return f"{event['session']}: {event['hook']}: {event['reason']}"
-
-
-def _bitmap_lost(event: Event) -> str:
-    return f"{event['bitmap']} of {event['disk']}: {event['reason']}"
-
-
-def _job(event: Event) -> str:
-    return f"{event['job']}: {_fleece(event)} to {event['target']}"
-
-
 def _job_ended(event: Event) -> str:
-    text = f"{_job(event)}: {event['state']}"
+    text = f"{_JOB.format_map(event)}: {event['state']}"
     return text if event["error"] in (None, event["state"]) else f"{text}: {event['error']}"
 
 
-def _events_lost(event: Event) -> str:
-    return f"{event['count']}: they came faster than they were read here"
-
-
-_TEXTS: Mapping[str, Callable[[Event], str]] = {
+_TEXTS: Mapping[str, str | Callable[[Event], str]] = {
     events.SESSION_BEGUN: _session_begun,
-    events.SESSION_FINISHED: _session_finished,
-    events.SESSION_BROKEN: _session_broken,
-    events.CLIENT_CAME: _client,
-    events.CLIENT_WENT: _client,
-    events.DISK_ADDED: _disk_added,
-    events.DISK_REMOVED: _disk_removed,
-    events.DISK_RESIZED: _disk_resized,
+    events.SESSION_FINISHED: "{session}: {result}, {id}",
+    events.SESSION_BROKEN: "{disk}@{session}: {reason}",
+    events.CLIENT_CAME: _CLIENT,
+    events.CLIENT_WENT: _CLIENT,
+    events.DISK_ADDED: "{disk}: {image}",
+    events.DISK_REMOVED: "{disk}",
+    events.DISK_RESIZED: "{disk}: served as {size} bytes, its image has {image_size} now",
     events.TEMP_LOW: _temp,
     events.TEMP_FULL: _temp,
     events.TEMP_THROTTLED: _temp_throttled,
-    events.HOOK_FAILED: _hook_failed,
-    events.BITMAP_LOST: _bitmap_lost,
-    events.JOB_STARTED: _job,
-    events.JOB_PAUSED: _job,
-    events.JOB_RESUMED: _job,
+    events.HOOK_FAILED: "{session}: {hook}: {reason}",
+    events.BITMAP_LOST: "{bitmap} of {disk}: {reason}",
+    events.JOB_STARTED: _JOB,
+    events.JOB_PAUSED: _JOB,
+    events.JOB_RESUMED: _JOB,
     events.JOB_ENDED: _job_ended,
-    events.EVENTS_LOST: _events_lost,
+    events.EVENTS_LOST: "{count}: they came faster than they were read here",
 }
+"""What is said of each kind: a format of its fields, or what makes it."""
