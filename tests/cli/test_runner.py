@@ -26,6 +26,7 @@ from fleecenbd.cli.values import DiskSpec
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server.server import Server
 from fleecenbd.storage.temp import TempImage
+from tests.descriptors import open_descriptors
 
 pytestmark = pytest.mark.usefixtures("own_logs")
 
@@ -311,14 +312,14 @@ async def test_the_end_of_another_process_asks_to_stop_and_never_at_once(
     another_process: "subprocess.Popen[bytes]",
 ) -> None:
     stopping = Stopping()
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     for _ in range(2):
         stopping.ask_at_end_of(another_process.pid)
     await asyncio.sleep(0)
     assert not stopping.asked.is_set()
     another_process.kill()
     await stopping.asked.wait()
-    while len(os.listdir("/proc/self/fd")) > before:  # noqa: ASYNC110 - the other one comes soon
+    while open_descriptors().keys() - before.keys():  # noqa: ASYNC110 - the other one comes soon
         await asyncio.sleep(0)
     assert not stopping.at_once.is_set()
 

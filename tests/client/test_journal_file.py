@@ -11,6 +11,7 @@ import pytest
 from fleecenbd.client import journal_file
 from fleecenbd.client.journal_file import DurableFile, default_path
 from fleecenbd.client.leftovers import write_durably
+from tests.descriptors import descriptors_of
 
 
 async def test_what_was_appended_and_replaced_is_there(tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ async def test_one_whose_folder_cannot_be_synced_goes_on_in_the_file_that_has_th
 ) -> None:
     path = tmp_path / "t.journal"
     file = DurableFile.open(str(path))
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors_of(tmp_path)
 
     def fail(_path: str) -> None:
         raise OSError(errno.EIO, "broken")
@@ -119,7 +120,7 @@ async def test_one_whose_folder_cannot_be_synced_goes_on_in_the_file_that_has_th
             await file.replace(b"new\n")
     await file.append(b"more\n")
     assert path.read_bytes() == b"new\nmore\n"
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors_of(tmp_path) == before
     await file.close()
 
 

@@ -22,6 +22,7 @@ from fleecenbd.client.endpoints import Target, TargetLost
 from fleecenbd.client.file_target import open_file
 from fleecenbd.client.options import Backing
 from fleecenbd.client.targets import open_target
+from tests.descriptors import descriptors_of
 from tests.serving import serving
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -246,14 +247,8 @@ async def test_who_is_cancelled_while_it_is_made_leaves_nothing(
         with pytest.raises(asyncio.CancelledError):
             await opening
         await ended.wait()
-        assert not any(str(tmp_path) in name for name in _open_files())
+        assert descriptors_of(tmp_path) == []
         assert _names(tmp_path) == ({"t.part"} if resume else set())
-
-
-def _open_files() -> Iterator[str]:
-    for link in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):
-            yield os.readlink(link)
 
 
 async def test_a_fresh_file_is_sparse_and_known_to_be_zero(tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 import asyncio
 import gc
-import os
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import uvloop
+
+from tests.descriptors import no_new_descriptor, open_descriptors
 
 TWICE = ("test_nbd_client.py", "test_nbd_reconnect.py")
 
@@ -26,18 +27,8 @@ def no_descriptor_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     uvloop.new_event_loop().close()  # the first one opens what all share
-    before = _descriptors()
-    yield
-    if _descriptors() - before:
-        gc.collect()  # a test's own frames
-    assert _descriptors() - before == set()
-
-
-def _descriptors() -> set[tuple[str, str]]:
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found.add((name, os.readlink(f"/proc/self/fd/{name}")))
-        except FileNotFoundError:  # the list's own
-            continue
-    return found
+    with no_new_descriptor():
+        before = open_descriptors()
+        yield
+        if open_descriptors().keys() - before.keys():
+            gc.collect()  # a test's own frames

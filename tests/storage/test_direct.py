@@ -17,6 +17,7 @@ from fleecenbd.storage import system_calls
 from fleecenbd.storage.buffers import BOUNCE_LENGTH
 from fleecenbd.storage.claims import Claims
 from fleecenbd.storage.direct import DirectDevice
+from tests.descriptors import no_new_descriptor
 from tests.mounts import CAN_MOUNT, mounted
 from tests.storage.kinds import HAS_LOOP_DEVICES, loop_device
 
@@ -233,23 +234,21 @@ def test_a_file_system_that_refuses_the_flag_is_told_by_its_image(
 
 
 def test_an_image_that_is_refused_leaves_no_descriptor(image: Path) -> None:
-    before = os.listdir("/proc/self/fd")
     with (
+        no_new_descriptor(),
         tempfile.NamedTemporaryFile(dir="/dev/shm") as other,
         pytest.raises(OSError, match="takes no direct I/O"),
     ):
         DirectDevice.open(other.name)
-    assert os.listdir("/proc/self/fd") == before
 
 
 async def test_closing_leaves_no_descriptor(tmp_path: Path) -> None:
     path = tmp_path / "odd.raw"
     path.write_bytes(bytes(513))
-    before = os.listdir("/proc/self/fd")
-    device = DirectDevice.open(path)
-    await device.pwrite(512, b"x")
-    await closed(device)
-    assert os.listdir("/proc/self/fd") == before
+    with no_new_descriptor():
+        device = DirectDevice.open(path)
+        await device.pwrite(512, b"x")
+        await closed(device)
 
 
 async def test_a_read_behind_the_end_of_an_image_that_shrank_is_an_error(image: Path) -> None:

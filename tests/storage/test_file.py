@@ -25,6 +25,7 @@ from fleecenbd.storage.file import (
 )
 from fleecenbd.storage.filesystem import Medium
 from fleecenbd.storage.locks import LockMode
+from tests.descriptors import no_new_descriptor
 
 SIZE = 1 << 21
 
@@ -529,9 +530,8 @@ def test_a_missing_image_and_what_is_no_image_are_refused(tmp_path: Path) -> Non
 @pytest.fixture
 def descriptors() -> Iterator[None]:
     """Asserts that the test has left no descriptor behind."""
-    before = set(os.listdir("/proc/self/fd"))
-    yield
-    assert len(set(os.listdir("/proc/self/fd"))) <= len(before)
+    with no_new_descriptor():
+        yield
 
 
 @pytest.mark.usefixtures("descriptors")
