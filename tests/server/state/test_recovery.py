@@ -74,8 +74,11 @@ class Place:
     async def kill(self, server: Server) -> None:
         """As a kill leaves it: nothing is saved, and nothing is unlinked."""
         assert server.store is not None
+        temps = [fleece.temp for session in server.sessions.values() for fleece in session.fleeces]
         server.abort()
         await server.store.wait_closed()
+        for temp in temps:
+            await temp.wait_closed()  # its lock goes with it
         for disk in server.disks.values():
             await disk.device.wait_closed()
 
