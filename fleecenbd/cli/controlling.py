@@ -82,7 +82,11 @@ class ServerPlaces:
             if spec.kind == "raw":
                 disk = await self._pool.run(self._open, spec)
             else:
-                disk = await open_other(spec, read_only=self._options.read_only)
+                disk = await open_other(
+                    spec,
+                    read_only=self._options.read_only,
+                    force_share=self._options.force_share,
+                )
         except CommandError as error:
             raise OSError(errno.EINVAL, str(error)) from error
         try:

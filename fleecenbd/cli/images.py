@@ -35,7 +35,7 @@ def open_disks(specs: Sequence[DiskSpec], *, read_only: bool, force_share: bool)
     return disks
 
 
-async def open_other(spec: DiskSpec, *, read_only: bool) -> Disk:
+async def open_other(spec: DiskSpec, *, read_only: bool, force_share: bool) -> Disk:
     """Open what is no raw image: by a child of ours, or at another server. Raises CommandError."""
     # Only here: QMP, and libnbd, are for those who have such disks.
     device: Device
@@ -47,7 +47,9 @@ async def open_other(spec: DiskSpec, *, read_only: bool) -> Disk:
         else:
             from fleecenbd.storage.qemu import open_qcow2
 
-            device = await open_qcow2(spec.absolute, name=spec.image, read_only=read_only)
+            device = await open_qcow2(
+                spec.absolute, name=spec.image, read_only=read_only, locks=not force_share
+            )
     except OSError as error:
         raise CommandError(f"cannot open disk {spec.name}: {reason(error, spec.image)}") from error
     return Disk(spec.name, device, discards=spec.discards)

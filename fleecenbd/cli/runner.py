@@ -147,7 +147,7 @@ async def _open_others(server: Server, records: GuestRecords | None, options: Se
     for spec in options.disks:
         if spec.kind == "raw":
             continue
-        disk = await open_other(spec, read_only=options.read_only)
+        disk = await open_other(spec, read_only=options.read_only, force_share=options.force_share)
         try:
             if records is not None:
                 _check_record(records, disk, options)

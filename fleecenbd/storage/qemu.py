@@ -28,6 +28,7 @@ from urllib.parse import quote
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
+from fleecenbd.storage.backing import Backing
 from fleecenbd.storage.children import start_child
 from fleecenbd.storage.losing import Losing
 from fleecenbd.storage.nbd_client import NbdClient
@@ -196,6 +197,8 @@ class QemuDevice(Losing, RemoteDevice):
         super().__init__(client, name, cluster=cluster, **facts)
         self.on_closed: Callable[[], Awaitable[None] | None] | None = None
         """Called once the child has ended; what it returns is waited for."""
+        self.backing: Backing | None = None
+        """What must not change while the child has the image open."""
         self._child = child
         self._quit: Callable[[], Awaitable[None]] = child.quit
         """What ends it; raises OSError."""
@@ -217,13 +220,20 @@ class QemuDevice(Losing, RemoteDevice):
             await self._quit()
         except OSError as error:
             logger.error("%s: %s", self.name, error.strerror)
+        if self.backing is not None:
+            self.backing.close()
         self._watching.cancel()
         if self.on_closed is not None and (left := self.on_closed()) is not None:
             await left
 
 
-async def open_qcow2(path: str, *, read_only: bool = False, name: str | None = None) -> QemuDevice:
-    """Open a qcow2 image, with all that it builds on. Raises OSError."""
+async def open_qcow2(
+    path: str, *, read_only: bool = False, name: str | None = None, locks: bool = True
+) -> QemuDevice:
+    """Open a qcow2 image, with all that it builds on. Raises OSError.
+
+    ``locks``: nobody may write to what it builds on, either.
+    """
     return await open_image(
         {
             "driver": "qcow2",
@@ -232,21 +242,37 @@ async def open_qcow2(path: str, *, read_only: bool = False, name: str | None = N
         },
         name=name or f"qcow2:{path}",
         read_only=read_only,
+        locks=locks,
         hole_size=CLUSTER,
     )
 
 
 async def open_image(
-    block_device: Mapping[str, object], *, name: str, read_only: bool = False, **facts: Any
+    block_device: Mapping[str, object],
+    *,
+    name: str,
+    read_only: bool = False,
+    locks: bool = True,
+    **facts: Any,
 ) -> QemuDevice:
     """Open what ``blockdev-add`` is told. Raises OSError: EBUSY where another process has it."""
+    backing = Backing()
 
     async def add(child: QemuChild) -> None:
         await _add(child, {"node-name": NODE, "read-only": read_only, **block_device})
+        if locks:
+            nodes = await child.execute("query-named-block-nodes", {"flat": True})
+            await backing.lock(name, nodes)
 
-    child, client = await serve_node(name, add, read_only=read_only)
+    try:
+        child, client = await serve_node(name, add, read_only=read_only)
+    except BaseException:
+        backing.close()
+        raise
     cluster = facts.pop("cluster", 2 << 20)
-    return QemuDevice(client, child, name, cluster=cluster, read_only=read_only, **facts)
+    device = QemuDevice(client, child, name, cluster=cluster, read_only=read_only, **facts)
+    device.backing = backing
+    return device
 
 
 async def serve_node(
