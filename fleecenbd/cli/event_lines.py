@@ -59,6 +59,7 @@ _TEXTS: Mapping[str, str | Callable[[Event], str]] = {
     events.DISK_ADDED: "{disk}: {image}",
     events.DISK_REMOVED: "{disk}",
     events.DISK_RESIZED: "{disk}: served as {size} bytes, its image has {image_size} now",
+    events.DISK_LOST: "{disk}: {reason}",
     events.TEMP_LOW: _temp,
     events.TEMP_FULL: _temp,
     events.TEMP_THROTTLED: _temp_throttled,

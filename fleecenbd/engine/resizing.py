@@ -34,10 +34,19 @@ def resized(disk: Disk, size: int) -> list[RecordingBitmap]:
 
 
 def is_lost(disk: Disk, why: str) -> None:
-    """Who keeps the disk's image is gone, and every request fails: all sessions break."""
+    """Who keeps the disk's image is gone, and every request fails: all sessions break. What was
+    written and not flushed may be lost, and be as it was before: bitmaps are lost, too."""
     disk.lost = why
+    reason = loss_of(disk)
     for fleece in list(disk.fleeces):
-        fleece.state.break_session(f"disk {disk.name} is lost: {why}")
+        fleece.state.break_session(reason)
+    for bitmap in disk.bitmaps.values():
+        bitmap.lose(reason)
+
+
+def loss_of(disk: Disk) -> str:
+    """What its sessions and bitmaps, which are lost with it, say of a lost disk."""
+    return f"disk {disk.name} is lost: {disk.lost}"
 
 
 def check_usable(disk: Disk) -> None:

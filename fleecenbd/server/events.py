@@ -21,6 +21,7 @@ CLIENT_WENT = "client-went"
 DISK_ADDED = "disk-added"
 DISK_REMOVED = "disk-removed"
 DISK_RESIZED = "disk-resized"
+DISK_LOST = "disk-lost"
 TEMP_LOW = "temp-low"
 TEMP_FULL = "temp-full"
 TEMP_THROTTLED = "temp-throttled"
@@ -41,6 +42,7 @@ KINDS = (
     DISK_ADDED,
     DISK_REMOVED,
     DISK_RESIZED,
+    DISK_LOST,
     TEMP_LOW,
     TEMP_FULL,
     TEMP_THROTTLED,

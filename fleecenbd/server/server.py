@@ -142,7 +142,7 @@ class Server:
             async with asyncio.timeout(STOP_DEADLINE_S):
                 if leftovers:
                     await asyncio.wait(leftovers)
-                if not self.read_only:
+                if not self.read_only and disk.lost is None:
                     await disk.flush()
                 disk.device.close()
                 await disk.device.wait_closed()
@@ -152,7 +152,8 @@ class Server:
             ) from None
         finally:
             disk.device.close()
-        logger.info("disk %s: removed, synced and closed", name)
+        how = "synced and closed" if disk.lost is None else "after it was lost"
+        logger.info("disk %s: removed, %s", name, how)
 
     def disk(self, name: str) -> Disk:
         """The disk of this name. Raises OSError(ENOENT)."""

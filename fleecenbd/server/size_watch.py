@@ -1,4 +1,4 @@
-"""Watches the sizes of the disks' images: others can change them, and nobody is told.
+"""Watches the disks' images: others can change their sizes, and whoever keeps one can end.
 
 Looks once a second, in each disk's own threads: a disk that hangs is not asked again before it has
 answered, and holds up no other.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from functools import partial
+from weakref import WeakSet
 
 from fleecenbd.engine.disk import Disk
-from fleecenbd.engine.resizing import resized
-from fleecenbd.server.events import BITMAP_LOST, DISK_RESIZED
+from fleecenbd.engine.recording import RecordingBitmap
+from fleecenbd.engine.resizing import loss_of, resized
+from fleecenbd.server.events import BITMAP_LOST, DISK_LOST, DISK_RESIZED
 from fleecenbd.server.server import Server
 from fleecenbd.storage.device import Resizable
 
@@ -28,6 +31,8 @@ class SizeWatch:
         self._server = server
         self._looks: dict[Disk, asyncio.Task[int]] = {}
         self._commits: set[asyncio.Task[None]] = set()
+        self._lost: WeakSet[Disk] = WeakSet()
+        """That these are lost was told."""
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -45,11 +50,13 @@ class SizeWatch:
         self.look()
 
     def look(self) -> None:
-        """Ask every disk that is not being asked."""
+        """Tell of those that are lost, and ask every other disk that is not being asked."""
         loop = asyncio.get_running_loop()
         for disk in self._server.disks.values():
             device = disk.device
-            if disk not in self._looks and isinstance(device, Resizable):
+            if disk.lost is not None:
+                self._found_lost(disk)
+            elif disk not in self._looks and isinstance(device, Resizable):
                 task = loop.create_task(device.present_size(), name=f"size of {disk.name}")
                 self._looks[disk] = task
                 task.add_done_callback(partial(self._looked, disk))
@@ -69,6 +76,25 @@ class SizeWatch:
         lost = resized(disk, size)
         if is_news:
             self._tell(disk, size)
+        self._tell_bitmaps(disk, lost)
+
+    def _found_lost(self, disk: Disk) -> None:
+        if disk in self._lost:
+            return
+        self._lost.add(disk)
+        logger.error(
+            "disk %s is lost, and every request fails: %s; remove it and add it anew, or start the "
+            "server again",
+            disk.name,
+            disk.lost,
+        )
+        self._server.events.tell(DISK_LOST, disk=disk.name, reason=disk.lost)
+        reason = loss_of(disk)
+        lost = [bitmap for bitmap in disk.bitmaps.values() if bitmap.lost == reason]
+        self._tell_bitmaps(disk, lost)
+
+    def _tell_bitmaps(self, disk: Disk, lost: Sequence[RecordingBitmap]) -> None:
+        """That these are lost, now: told, and written down."""
         for bitmap in lost:
             logger.error(
                 "bitmap %s of %s is lost: %s. A full backup is needed",

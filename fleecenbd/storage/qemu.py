@@ -127,7 +127,9 @@ class QemuChild:
         text = os.pread(self._log.fileno(), SAID_MAX, max(0, length - SAID_MAX))
         status = None if self._process is None else self._process.returncode
         said = " ".join(text.decode(errors="replace").split())
-        return said or ("nothing was said" if status is None else f"status {status}")
+        if said or status is None:
+            return said or "nothing was said"
+        return f"status {status}" if status >= 0 else f"killed by signal {-status}"
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """What it answers. Raises OSError, with QEMU's own sentence."""

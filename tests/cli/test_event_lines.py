@@ -35,6 +35,11 @@ SHOWN: list[tuple[str, dict[str, Any], str]] = [
         {"disk": "vda", "size": 1024, "image_size": 513},
         "vda: served as 1024 bytes, its image has 513 now",
     ),
+    (
+        events.DISK_LOST,
+        {"disk": "vda", "reason": "its child has ended"},
+        "vda: its child has ended",
+    ),
     (events.TEMP_LOW, TEMP, "vda@n: 4.0 MiB of 5.0 MiB in use"),
     (events.TEMP_FULL, TEMP, "vda@n: 4.0 MiB of 5.0 MiB in use"),
     (

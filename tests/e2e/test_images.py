@@ -19,6 +19,7 @@ from tests.e2e.places import (
     backend_over,
     children_of,
     is_backed_up,
+    listening,
     read_all,
     state_of,
     wait_for_end,
@@ -112,9 +113,9 @@ def test_what_belongs_to_a_qcow2_disk_is_lost_with_its_server_by_name(tmp_path: 
 def test_a_child_that_dies_fails_its_disk_and_no_other(tmp_path: Path) -> None:
     path, _ = _qcow2(tmp_path)
     other = make_disk(tmp_path / "vdb.raw", MIB)
-    with serving(tmp_path, f"qcow2:{path}", other) as server:
+    with serving(tmp_path, f"qcow2:{path}", other) as server, listening(server) as told:
         control = Control(f"{server.unix}.control")
-        control.call("PUT", "sessions/n")
+        control.call("PUT", "sessions/n", bitmap="b", bitmap_mode="new")
         (child,) = children_of(server)
         with connected(server.uri("vda")) as guest, connected(server.uri("vdb")) as sound:
             os.kill(child, signal.SIGKILL)
@@ -128,17 +129,37 @@ def test_a_child_that_dies_fails_its_disk_and_no_other(tmp_path: Path) -> None:
                 guest.flush()
         session = control.call("GET", "sessions/n")
         assert session["state"] == "broken"
-        assert "disk vda is lost: qemu-storage-daemon has ended: status -9" in session["reason"]
+        assert (
+            "disk vda is lost: qemu-storage-daemon has ended: killed by signal 9"
+            in session["reason"]
+        )
         lost = {disk["name"]: disk["lost"] for disk in control.call("GET", "disks")["disks"]}
         assert lost["vdb"] is None
         assert "qemu-storage-daemon has ended" in lost["vda"]
         refused = try_run(FLEECENBD, "session", "begin", "m", "--control", f"{server.unix}.control")
         assert refused.returncode == 1
         assert "add it anew, or start the server again" in refused.stderr
+        while not any(event["event"] == "bitmap-lost" for event in told):
+            assert time.monotonic() < end, told
+        whose = [(event["event"], event["disk"]) for event in told if "-lost" in event["event"]]
+        assert whose == [("disk-lost", "vda"), ("bitmap-lost", "vda")]
         server.status = 1  # it could not be synced
     assert "qemu-storage-daemon has ended" in server.messages()
-    assert "qemu-storage-daemon ended badly: status -9" in server.messages()
+    assert "qemu-storage-daemon ended badly: killed by signal 9" in server.messages()
     run("qemu-img", "check", "-q", path)
+
+
+def test_a_disk_whose_child_died_is_removed_and_added_anew(tmp_path: Path) -> None:
+    path, before = _qcow2(tmp_path)
+    with serving(tmp_path, f"qcow2:{path}") as server:
+        (child,) = children_of(server)
+        os.kill(child, signal.SIGKILL)
+        wait_for_end(child)
+        control = ("--control", f"{server.unix}.control")
+        run(FLEECENBD, "disk", "remove", "vda", *control)
+        run(FLEECENBD, "disk", "add", f"vda=qcow2:{path}", *control)
+        assert read_all(server.uri("vda")) == before
+    assert "disk vda: removed, after it was lost" in server.messages()
 
 
 @pytest.mark.parametrize(

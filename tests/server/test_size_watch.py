@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fleecenbd.engine.disk import Disk
+from fleecenbd.engine.resizing import is_lost
 from fleecenbd.server.size_watch import SizeWatch
 from tests.server.controlled import Control, controlled
 from tests.server.room import CLUSTER, pattern
@@ -121,6 +122,30 @@ async def test_bitmaps_are_lost_and_told_once() -> None:
         await watched.look()
         assert watched.server.disks["a"].bitmaps["c"].lost == event["reason"]
         await watched.control.put("sessions/n", {"bitmap": "c", "bitmap_mode": "new"})
+
+
+async def test_a_disk_that_is_lost_is_told_once_with_its_bitmaps() -> None:
+    async with watching() as watched:
+        a, _ = watched.images
+        await watched.control.put("disks/a/bitmaps/c")
+        await watched.control.put("disks/b/bitmaps/c")
+        is_lost(watched.server.disks["a"], "its child has ended")
+        for _ in range(3):
+            await watched.look()
+        assert a.asked == 0
+        (event,) = watched.told("disk-lost")
+        assert (event["disk"], event["reason"]) == ("a", "its child has ended")
+        (event,) = watched.told("bitmap-lost")
+        assert (event["disk"], event["bitmap"]) == ("a", "c")
+        assert event["reason"] == "disk a is lost: its child has ended"
+        assert watched.server.disks["a"].bitmaps["c"].lost == event["reason"]
+        assert watched.server.disks["b"].bitmaps["c"].lost is None
+        # What cannot be synced any more is removed all the same, and comes back whole.
+        a.gate("flush")
+        await watched.server.remove_disk("a")
+        watched.add("a")
+        await watched.look()
+        assert len(watched.told("disk-lost")) == 1
 
 
 async def test_a_disk_that_hangs_is_asked_once_and_holds_up_no_other() -> None:
