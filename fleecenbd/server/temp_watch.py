@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 INTERVAL_S = 1.0
 ENOUGH = 0.7
 """Share of the limit in use below which it is not low any more, and may be told again."""
+NOT_FULL = 0.9
+"""The same of what was full: under break-guest-write guests may try, and fail, all the time."""
 
 
 class TempWatch:
@@ -30,6 +32,7 @@ class TempWatch:
         self._server = server
         self._low: WeakKeyDictionary[Fleece, bool] = WeakKeyDictionary()
         self._hits: WeakKeyDictionary[Fleece, int] = WeakKeyDictionary()
+        self._full: WeakKeyDictionary[Fleece, bool] = WeakKeyDictionary()
         self._throttled: WeakKeyDictionary[Fleece, bool] = WeakKeyDictionary()
         self._looks: dict[Fleece, asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -69,12 +72,11 @@ class TempWatch:
             return
         used, limit = fleece.stats.temp_clusters << state.shift, clusters << state.shift
         about = {"session": session, "disk": fleece.disk.name, "used": used, "limit": limit}
-        hits = fleece.stats.limit_hits
-        if hits > self._hits.get(fleece, 0):
+        hits, before = fleece.stats.limit_hits, self._hits.get(fleece, 0)
+        if hits > before:
             self._hits[fleece] = hits
             self._low[fleece] = True
-            logger.warning("the temp image of %s is full: its limit is %d", fleece.name, limit)
-            self._server.events.tell(TEMP_FULL, **about)
+            self._tell_full(fleece, about)
         elif state.dead:
             return
         elif used and used >= LOW * limit and not self._low.get(fleece, False):
@@ -88,8 +90,18 @@ class TempWatch:
             self._server.events.tell(TEMP_LOW, **about)
         elif used < ENOUGH * limit:
             self._low[fleece] = False
+        if hits == before and used < NOT_FULL * limit:
+            self._full[fleece] = False
         if state.throttles and not state.dead:
             self._look_at_delay(fleece, about)
+
+    def _tell_full(self, fleece: Fleece, about: Mapping[str, object]) -> None:
+        if not self._full.get(fleece, False):
+            self._full[fleece] = True
+            logger.warning(
+                "the temp image of %s is full: its limit is %d", fleece.name, about["limit"]
+            )
+            self._server.events.tell(TEMP_FULL, **about)
 
     def _look_at_delay(self, fleece: Fleece, about: Mapping[str, object]) -> None:
         delay_s = fleece.state.room.delay_s()

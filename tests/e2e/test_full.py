@@ -98,6 +98,33 @@ def test_a_tmpfs_that_is_full_costs_the_session(tmp_path: Path, image: Path, pol
             _is_broken_and_the_next_is_fine(server, image, tmp_path, "No space left on device")
 
 
+def test_what_xfs_gives_a_growing_file_in_advance_is_room_for_it(tmp_path: Path) -> None:
+    """Nobody else can have it: a qcow2 temp image, which grows, is not full for that."""
+    held, size = 48 * MIB, 56 * MIB
+    image = tmp_path / "vda.raw"
+    image.write_bytes(os.urandom(size))
+    with mounted("xfs", tmp_path) as temps, serving(tmp_path, image) as server:
+        reserve = _free(temps) - size
+        control = _control(server)
+        words = {"temp": "qcow2", "temp_dir": str(temps), "temp_reserve": reserve}
+        control.call("PUT", "sessions/n", **words)
+        (file,) = temps.iterdir()
+        ahead = 0
+        with connected(server.uri("vda")) as guest:
+            for offset in range(0, held, PIECE):
+                guest.pwrite(_new(offset), offset)
+                if offset % (4 * MIB) == 0:
+                    time.sleep(0.2)  # the file system is asked once a second
+                    ahead = max(ahead, file.stat().st_blocks * 512 - file.stat().st_size)
+        session = control.call("GET", "sessions/n")
+        assert session["state"] == "active", session["reason"]
+        assert ahead > 8 * MIB, "this file system gives no file more than it needs"
+        (disk,) = session["disks"]
+        assert disk["temp"]["now"] == held
+        assert disk["temp"]["room"] <= size - held
+        control.call("DELETE", "sessions/n?result=failed")
+
+
 def test_a_tmpfs_that_is_full_costs_the_guest_its_writes_where_the_backup_comes_first(
     tmp_path: Path, image: Path
 ) -> None:

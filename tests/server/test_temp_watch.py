@@ -1,6 +1,7 @@
 """Temp images that fill up: told once when they are low, and when they are full."""
 
 import asyncio
+import errno
 from typing import Any
 
 import pytest
@@ -57,6 +58,37 @@ async def test_low_is_told_again_after_a_release() -> None:
         await _fill(control, 9, 13)
         watch.look()
         assert [kind for kind, _ in _told(events)] == ["temp-low", "temp-low"]
+
+
+async def test_full_is_told_again_only_after_there_was_room() -> None:
+    async with controlled() as control:
+        guest = await control.served.client("vda")
+        body = {"temp_limit": LIMIT, "on_cbw_error": "break-guest-write"}
+        await control.put("sessions/n", body)
+        events = control.served.server.events.listen()
+        watch = TempWatch(control.served.server)
+
+        async def fails(cluster: int) -> None:
+            payload = b"x" * CLUSTER
+            reply = await guest.ask(wire.WRITE, cluster * CLUSTER, 0, payload=payload)
+            assert reply.error == errno.EIO
+            watch.look()
+
+        await _fill(control, 0, 10)
+        for _ in range(3):
+            await fails(10)
+            watch.look()
+        full = [("temp-full", 10 * CLUSTER)]
+        assert _told(events) == full
+        await control.call("PATCH", "sessions/n", {"temp_limit": 12 * CLUSTER})
+        watch.look()
+        await _fill(control, 10, 12)
+        for _ in range(3):
+            await fails(12)
+        assert [told for told in _told(events) if told[0] == "temp-full"] == [
+            *full,
+            ("temp-full", 12 * CLUSTER),
+        ]
 
 
 async def test_it_looks_by_itself(
