@@ -60,6 +60,8 @@ _TEXTS: Mapping[str, str | Callable[[Event], str]] = {
     events.DISK_REMOVED: "{disk}",
     events.DISK_RESIZED: "{disk}: served as {size} bytes, its image has {image_size} now",
     events.DISK_LOST: "{disk}: {reason}",
+    events.DISK_AWAY: "{disk}: {image}",
+    events.DISK_BACK: "{disk}: {image}",
     events.TEMP_LOW: _temp,
     events.TEMP_FULL: _temp,
     events.TEMP_THROTTLED: _temp_throttled,

@@ -83,6 +83,8 @@ def disk_table(disks: Iterable[Mapping[str, Any]], *, brief: bool = False) -> Ta
             length += f", image {size(disk['image_size'])}"
         if disk["lost"] is not None:
             length += ", lost"
+        if disk.get("away"):
+            length += ", away"
         row = (disk["name"], length, clients, sessions, str(disk["guest_writes"]))
         table.add_row(*map(Text, row if brief else (*row, disk["image"])))
     return table

@@ -22,6 +22,8 @@ DISK_ADDED = "disk-added"
 DISK_REMOVED = "disk-removed"
 DISK_RESIZED = "disk-resized"
 DISK_LOST = "disk-lost"
+DISK_AWAY = "disk-away"
+DISK_BACK = "disk-back"
 TEMP_LOW = "temp-low"
 TEMP_FULL = "temp-full"
 TEMP_THROTTLED = "temp-throttled"
@@ -43,6 +45,8 @@ KINDS = (
     DISK_REMOVED,
     DISK_RESIZED,
     DISK_LOST,
+    DISK_AWAY,
+    DISK_BACK,
     TEMP_LOW,
     TEMP_FULL,
     TEMP_THROTTLED,

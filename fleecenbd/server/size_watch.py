@@ -15,8 +15,9 @@ from weakref import WeakSet
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.recording import RecordingBitmap
 from fleecenbd.engine.resizing import loss_of, resized
-from fleecenbd.server.events import BITMAP_LOST, DISK_LOST, DISK_RESIZED
+from fleecenbd.server.events import BITMAP_LOST, DISK_AWAY, DISK_BACK, DISK_LOST, DISK_RESIZED
 from fleecenbd.server.server import Server
+from fleecenbd.server.views import is_away
 from fleecenbd.storage.device import Resizable
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,9 @@ class SizeWatch:
         self._looks: dict[Disk, asyncio.Task[int]] = {}
         self._commits: set[asyncio.Task[None]] = set()
         self._lost: WeakSet[Disk] = WeakSet()
-        """That these are lost was told."""
+        """That these are lost was told,"""
+        self._away: WeakSet[Disk] = WeakSet()
+        """and that these are away."""
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -54,6 +57,8 @@ class SizeWatch:
         loop = asyncio.get_running_loop()
         for disk in self._server.disks.values():
             device = disk.device
+            if is_away(disk) != (disk in self._away):
+                self._tell_away(disk)
             if disk.lost is not None:
                 self._found_lost(disk)
             elif disk not in self._looks and isinstance(device, Resizable):
@@ -92,6 +97,15 @@ class SizeWatch:
         reason = loss_of(disk)
         lost = [bitmap for bitmap in disk.bitmaps.values() if bitmap.lost == reason]
         self._tell_bitmaps(disk, lost)
+
+    def _tell_away(self, disk: Disk) -> None:
+        if disk not in self._away:
+            self._away.add(disk)
+            self._server.events.tell(DISK_AWAY, disk=disk.name, image=disk.device.name)
+            return
+        self._away.discard(disk)
+        if disk.lost is None:
+            self._server.events.tell(DISK_BACK, disk=disk.name, image=disk.device.name)
 
     def _tell_bitmaps(self, disk: Disk, lost: Sequence[RecordingBitmap]) -> None:
         """That these are lost, now: told, and written down."""

@@ -15,6 +15,7 @@ from fleecenbd.engine.own_bits import OwnBits
 from fleecenbd.engine.recording import RecordingBitmap, Since
 from fleecenbd.engine.session import Session
 from fleecenbd.server.server import Server
+from fleecenbd.storage.device import Reaching
 
 Uris = Callable[[str], Sequence[str]]
 """An export's name to the NBD URIs that lead to it."""
@@ -78,6 +79,8 @@ class DiskView:
     """Bytes that the image has now; other than ``size``, its sessions broke."""
     lost: str | None
     """Why every request fails; null."""
+    away: bool
+    """Its image's server is being connected to again: requests wait."""
     read_only: bool
     uris: list[str]
     clients: list[str]
@@ -254,6 +257,7 @@ def disk_view(server: Server, disk: Disk, uris: Uris) -> DiskView:
         size=disk.size,
         image_size=disk.image_size,
         lost=disk.lost,
+        away=is_away(disk),
         read_only=server.read_only,
         uris=list(uris(disk.name)),
         clients=[client.peer for client in server.clients_of(disk.name)],
@@ -261,6 +265,11 @@ def disk_view(server: Server, disk: Disk, uris: Uris) -> DiskView:
         guest_writes=disk.writes,
         bitmaps=[bitmap_view(bitmap) for bitmap in disk.bitmaps.values()],
     )
+
+
+def is_away(disk: Disk) -> bool:
+    """Whether the server that has its image is being connected to again."""
+    return isinstance(disk.device, Reaching) and disk.lost is None and not disk.device.is_usable
 
 
 def bitmap_view(bitmap: RecordingBitmap) -> BitmapView:

@@ -161,6 +161,15 @@ class Losable(Protocol):
         """As Device has it."""
 
 
+@runtime_checkable
+class Reaching(Protocol):
+    """An image at another server, which may be away."""
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether there is a connection now; while there is none, calls wait for it."""
+
+
 class ReadNow(Protocol):
     """Device.pread_now, as an attribute."""
 

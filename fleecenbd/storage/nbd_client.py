@@ -103,6 +103,10 @@ class NbdClient:
         """Whether there is a connection now."""
         return self._connections.is_open
 
+    def when_connected(self, tell: Callable[[], None]) -> None:
+        """``tell`` is called each time that what was lost is there again."""
+        self._connections.on_connected = tell
+
     @property
     def left_changing(self) -> bool:
         """Whether the server may still change the export as it was asked to, once all has ended."""

@@ -66,6 +66,8 @@ class NbdConnections:
         """Connections lost so far."""
         self.left_changing = False
         """The server has left without an answer what may change the export, and may still do it."""
+        self.on_connected: Callable[[], None] | None = None
+        """Called once there are as many connections as before again."""
         self._on_failed: Callable[[OSError], None] | None = None
         self.wanted = 1
         """Connections that there are, or that are being made anew."""
@@ -241,6 +243,8 @@ class NbdConnections:
     async def _reconnect(self, why: OSError) -> None:
         try:
             await self._reconnect_all(why)
+            if self.on_connected is not None:
+                self.on_connected()
         except OSError as error:
             self._fail(error)
         finally:
@@ -260,11 +264,10 @@ class NbdConnections:
             of_this_round += 1
             self._attempts += 1
             delay_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2 ** min(attempts, 30))
+            of = "" if self._retries is None else f" of {self._retries}"
             self._tell(
                 f"{self._uri}: {why.strerror}; connecting again in {delay_s:g} s "
-                f"(attempt {attempts + 1}"
-                + ("" if self._retries is None else f" of {self._retries}")
-                + ")"
+                f"(attempt {attempts + 1}{of})"
             )
             await asyncio.sleep(delay_s)
             # Those that are lost again meanwhile have to wait for the next time.

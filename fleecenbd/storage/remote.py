@@ -20,6 +20,8 @@ import asyncio
 import errno
 import logging
 from collections.abc import Coroutine
+from functools import partial
+from time import monotonic
 from typing import Any, TypeVar
 
 from fleecenbd.storage.apart import Apart
@@ -262,13 +264,23 @@ class RemoteDevice:
 
 
 class Telling:
-    """What a client tells of its attempts to connect again, in the log, and less and less."""
+    """What a client tells of its attempts to connect again, in the log: less and less, until it is
+    connected."""
 
     def __init__(self) -> None:
+        self._told = 0
+        self._since = 0.0
+
+    def connected(self, uri: str) -> None:
+        """The attempts have come to their end."""
+        away_s = monotonic() - self._since
+        logger.info("%s: connected again, after %.1f s", uri, away_s)
         self._told = 0
 
     def __call__(self, text: str) -> None:
         """A line."""
+        if not self._told:
+            self._since = monotonic()
         self._told += 1
         if self._told <= TOLD_AT_ONCE or not self._told % TOLD_EVERY:
             logger.warning("%s", text)
@@ -276,9 +288,11 @@ class Telling:
 
 async def open_remote(uri: str, *, read_only: bool = False) -> RemoteDevice:
     """Connect to an export that is to be a disk. Raises OSError."""
+    telling = Telling()
     client = await NbdClient.open(
-        uri, contexts=(ALLOCATION,), connections=CONNECTIONS_MAX, retries=None, tell=Telling()
+        uri, contexts=(ALLOCATION,), connections=CONNECTIONS_MAX, retries=None, tell=telling
     )
+    client.when_connected(partial(telling.connected, uri))
     try:
         facts = client.facts
         if not facts.size:

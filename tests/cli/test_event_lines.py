@@ -40,6 +40,8 @@ SHOWN: list[tuple[str, dict[str, Any], str]] = [
         {"disk": "vda", "reason": "its child has ended"},
         "vda: its child has ended",
     ),
+    (events.DISK_AWAY, {"disk": "vda", "image": "nbd://store/vm"}, "vda: nbd://store/vm"),
+    (events.DISK_BACK, {"disk": "vda", "image": "nbd://store/vm"}, "vda: nbd://store/vm"),
     (events.TEMP_LOW, TEMP, "vda@n: 4.0 MiB of 5.0 MiB in use"),
     (events.TEMP_FULL, TEMP, "vda@n: 4.0 MiB of 5.0 MiB in use"),
     (

@@ -250,6 +250,45 @@ def test_a_remote_disk_that_stays_away_breaks_the_session_and_lets_the_server_st
         backend.start()
 
 
+def test_a_remote_disk_that_is_away_says_so_and_for_how_long(tmp_path: Path) -> None:
+    with (
+        backend_over(tmp_path) as backend,
+        serving(tmp_path, f"vda={backend.uri}") as server,
+        listening(server) as told,
+    ):
+        control = Control(f"{server.unix}.control")
+
+        def wait_for(kind: str) -> None:
+            end = time.monotonic() + TIMEOUT_S
+            while not any(event["event"] == kind for event in told):
+                assert time.monotonic() < end, told
+                time.sleep(0.05)
+
+        def is_away() -> bool:
+            (disk,) = control.call("GET", "disks")["disks"]
+            words = (FLEECENBD, "disk", "list", "--control", f"{server.unix}.control")
+            assert disk["away"] == (", away" in run(*words))
+            return bool(disk["away"])
+
+        with connected(server.uri("vda")) as guest:
+            assert not is_away()
+            backend.kill()
+            buffer = nbd.Buffer(4096)
+            waiting = guest.aio_pread(buffer, 0)
+            wait_for("disk-away")
+            assert is_away()
+            backend.start()
+            while not guest.aio_command_completed(waiting):
+                guest.poll(-1)
+            assert bytes(buffer.to_bytearray()) == backend.image.read_bytes()[:4096]
+            wait_for("disk-back")
+            assert not is_away()
+        ours = [event for event in told if event["event"] in ("disk-away", "disk-back")]
+        assert [event["disk"] for event in ours] == ["vda", "vda"]
+        assert ours[0]["image"] == backend.uri
+    assert f"{backend.uri}: connected again, after " in server.messages()
+
+
 def test_an_error_of_a_remote_disk_is_the_guest_s_or_its_session_s(tmp_path: Path) -> None:
     errors = tmp_path / "errors"
     words = ("--filter=error", "error=EIO", "error-rate=100%", f"error-file={errors}")

@@ -148,6 +148,27 @@ async def test_a_disk_that_is_lost_is_told_once_with_its_bitmaps() -> None:
         assert len(watched.told("disk-lost")) == 1
 
 
+async def test_a_disk_that_is_away_is_told_once_and_once_that_it_is_back() -> None:
+    class Far(Image):
+        is_usable = True
+
+    async with watching() as watched:
+        far = Far("far")
+        watched.control.served.devices["far"] = far
+        watched.server.add_disk(Disk("far", far))
+        for away in (False, True, True, False, False, True):
+            far.is_usable = not away
+            await watched.look()
+            assert (await watched.control.get("disks/far"))["away"] == away
+        is_lost(watched.server.disks["far"], "it is gone")
+        await watched.look()
+        about = {"disk": "far", "image": "far"}
+        for kind, count in (("disk-away", 2), ("disk-back", 1), ("disk-lost", 1)):
+            told = watched.told(kind)
+            assert len(told) == count
+            assert kind == "disk-lost" or all(event.items() >= about.items() for event in told)
+
+
 async def test_a_disk_that_hangs_is_asked_once_and_holds_up_no_other() -> None:
     async with watching() as watched:
         a, b = watched.images
