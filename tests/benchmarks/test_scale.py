@@ -96,15 +96,16 @@ def test_a_disk_that_did_not_stall_is_an_error(
 def test_a_run_prints_its_tables_and_writes_every_rounds_figures(
     memory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--only", "sessions", "--rounds", "2", "--requests", "64", "--size", "8"]
+    words = ["--only", "sessions", "--rounds", "3", "--requests", "128", "--size", "8"]
     assert main([*words, "--folder", str(memory), "--output", str(tmp_path)]) == 0
     assert "| first-touch " in capsys.readouterr().out
     (path,) = tmp_path.glob("*.json")
     columns = json.loads(path.read_text())["dimensions"]["sessions (the engine alone)"]
-    assert {name: len(rounds) for name, rounds in columns.items()} == dict.fromkeys("0124", 2)
+    assert {name: len(rounds) for name, rounds in columns.items()} == dict.fromkeys("0124", 3)
     assert columns["4"][0].keys() == UNITS["sessions (the engine alone)"].keys()
-    # Old data is copied once for each session: that costs.
-    assert columns["4"][0]["first-touch"] < columns["0"][0]["first-touch"]
+    # Old data is copied once for each session: that costs. (A round may meet a busy machine.)
+    best = {name: max(round_["first-touch"] for round_ in columns[name]) for name in "04"}
+    assert best["4"] < best["0"]
     assert list(memory.iterdir()) == []
 
 
