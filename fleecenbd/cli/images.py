@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Sequence
+from itertools import combinations
 
 from fleecenbd.cli.errors import CommandError, UsageError, reason
 from fleecenbd.cli.values import DiskSpec
@@ -57,13 +58,11 @@ async def open_other(spec: DiskSpec, *, read_only: bool, force_share: bool) -> D
 
 def check_all_different(specs: Sequence[DiskSpec]) -> None:
     """Two disks over one image would overwrite each other's past, whatever locks say."""
+    _check_exports([spec for spec in specs if spec.kind == "nbd"])
     seen: dict[object, DiskSpec] = {}
     for spec in specs:
         identity: object
         if spec.kind == "nbd":
-            other = seen.setdefault(spec.path, spec)
-            if other is not spec:
-                raise _same(other, spec)
             continue
         try:
             status = os.stat(spec.path)
@@ -76,6 +75,17 @@ def check_all_different(specs: Sequence[DiskSpec]) -> None:
         other = seen.setdefault(identity, spec)
         if other is not spec:
             raise _same(other, spec)
+
+
+def _check_exports(specs: Sequence[DiskSpec]) -> None:
+    if len(specs) < 2:
+        return
+    # Only here: a server that has no use for it starts without it.
+    from fleecenbd.storage.nbd_places import leads_to_same
+
+    for one, other in combinations(specs, 2):
+        if leads_to_same(one.path, other.path):
+            raise _same(one, other)
 
 
 def _same(one: DiskSpec, other: DiskSpec) -> UsageError:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fleecenbd.engine.recording import RecordingBitmap
-from fleecenbd.storage.device import Resizable
+from fleecenbd.storage.device import Reaching, Resizable
 
 if TYPE_CHECKING:
     from fleecenbd.engine.disk import Disk
@@ -47,6 +47,11 @@ def is_lost(disk: Disk, why: str) -> None:
 def loss_of(disk: Disk) -> str:
     """What its sessions and bitmaps, which are lost with it, say of a lost disk."""
     return f"disk {disk.name} is lost: {disk.lost}"
+
+
+def is_away(disk: Disk) -> bool:
+    """Whether the server that has the disk's image is being connected to again."""
+    return isinstance(disk.device, Reaching) and disk.lost is None and not disk.device.is_usable
 
 
 def check_usable(disk: Disk) -> None:

@@ -14,10 +14,9 @@ from weakref import WeakSet
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.recording import RecordingBitmap
-from fleecenbd.engine.resizing import loss_of, resized
+from fleecenbd.engine.resizing import is_away, loss_of, resized
 from fleecenbd.server.events import BITMAP_LOST, DISK_AWAY, DISK_BACK, DISK_LOST, DISK_RESIZED
 from fleecenbd.server.server import Server
-from fleecenbd.server.views import is_away
 from fleecenbd.storage.device import Resizable
 
 logger = logging.getLogger(__name__)

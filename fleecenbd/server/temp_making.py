@@ -8,12 +8,12 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
-from urllib.parse import parse_qs, urlsplit
+from typing import TYPE_CHECKING
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server.temp_place import TempPlace
 from fleecenbd.storage.device import Device
+from fleecenbd.storage.nbd_places import Server, named_server
 from fleecenbd.storage.same_storage import Alone, is_same_storage
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ UNANSWERED_S = 900.0
 """Seconds for which what was asked, and never answered, may still be done: after so many Linux
 gives up sending."""
 
-Server: TypeAlias = tuple[str, tuple[str, ...]]
 """What an NBD URI says of it."""
 
 _live: set[TempExport] = set()
@@ -188,7 +187,7 @@ async def _is_temp(disk: Disk, temp: TempExport) -> bool:
 def _closed(export: TempExport) -> None:
     _live.discard(export)
     if export.is_unanswered:
-        _unanswered[_server_of(export.name)] = asyncio.get_running_loop().time()
+        _unanswered[named_server(export.name)] = asyncio.get_running_loop().time()
 
 
 async def given_back() -> None:
@@ -218,7 +217,7 @@ async def _ended(uri: str) -> None:
 
 def _check_answered(uri: str) -> None:
     """Raises OSError(EBUSY) where an ended temp image may still have something done there."""
-    since = _unanswered.get(_server_of(uri))
+    since = _unanswered.get(named_server(uri))
     if since is None:
         return
     left = since + UNANSWERED_S - asyncio.get_running_loop().time()
@@ -229,12 +228,7 @@ def _check_answered(uri: str) -> None:
             f"write what that had asked for; give another server, or try again in {left:.0f} s",
             uri,
         )
-    del _unanswered[_server_of(uri)]
-
-
-def _server_of(uri: str) -> Server:
-    parts = urlsplit(uri)  # of a path: nobody's
-    return parts.netloc, tuple(parse_qs(parts.query).get("socket", ()))
+    del _unanswered[named_server(uri)]
 
 
 @asynccontextmanager

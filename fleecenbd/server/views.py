@@ -13,9 +13,9 @@ from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.fleece import Fleece
 from fleecenbd.engine.own_bits import OwnBits
 from fleecenbd.engine.recording import RecordingBitmap, Since
+from fleecenbd.engine.resizing import is_away
 from fleecenbd.engine.session import Session
 from fleecenbd.server.server import Server
-from fleecenbd.storage.device import Reaching
 
 Uris = Callable[[str], Sequence[str]]
 """An export's name to the NBD URIs that lead to it."""
@@ -265,11 +265,6 @@ def disk_view(server: Server, disk: Disk, uris: Uris) -> DiskView:
         guest_writes=disk.writes,
         bitmaps=[bitmap_view(bitmap) for bitmap in disk.bitmaps.values()],
     )
-
-
-def is_away(disk: Disk) -> bool:
-    """Whether the server that has its image is being connected to again."""
-    return isinstance(disk.device, Reaching) and disk.lost is None and not disk.device.is_usable
 
 
 def bitmap_view(bitmap: RecordingBitmap) -> BitmapView:

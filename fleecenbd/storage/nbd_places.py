@@ -1,0 +1,61 @@
+"""Where NBD URIs lead, as far as names and addresses tell: two may be one and the same export.
+
+That is not all that can be said: many servers ignore an export's name, and one storage can have
+several servers. But what can be known without asking is.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any, TypeAlias
+from urllib.parse import parse_qs, unquote, urlsplit
+
+PORT = 10809
+"""NBD's."""
+
+Server: TypeAlias = tuple[Any, ...]
+
+
+def named_server(uri: str) -> Server:
+    """The server that a URI names, without asking anybody: a socket's path, or host and port. A
+    path is nobody's, and stands for itself."""
+    parts = urlsplit(uri)
+    if not parts.scheme.startswith("nbd"):
+        return (uri,)
+    if paths := parse_qs(parts.query).get("socket"):
+        return (os.path.normpath(paths[0]),)
+    try:
+        port = parts.port or PORT
+    except ValueError:  # told when somebody connects
+        return (parts.netloc,)
+    return (parts.hostname or "localhost", port)
+
+
+def leads_to_same(one: str, other: str) -> bool:
+    """Whether two URIs lead to the export of one name at one server.
+
+    Asks for the addresses of hosts, and follows links: that blocks.
+    """
+    if _export(one) != _export(other):
+        return False
+    if named_server(one) == named_server(other):
+        return True
+    return not _servers(one).isdisjoint(_servers(other))
+
+
+def _export(uri: str) -> str:
+    return unquote(urlsplit(uri).path.removeprefix("/"))
+
+
+def _servers(uri: str) -> set[Server]:
+    """All addresses of the server that a URI names."""
+    named = named_server(uri)
+    if len(named) == 1:
+        return {(os.path.realpath(named[0]),)}
+    host, port = named
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:  # told when somebody connects
+        return {named}
+    return {address[:2] for *_, address in found}
