@@ -245,7 +245,7 @@ def set_session(
 ) -> None:
     """Change a session that goes on: more room before its temp images are full."""
     values.check_name(name, "a session")
-    limit = None if temp_limit == "none" else values.parse_size(temp_limit, "--temp-limit")
+    limit = values.parse_size_or_none(temp_limit, "--temp-limit", None)
     answer = call(control, "PATCH", "sessions", name, body={"temp_limit": limit})
     if as_json:
         _print_json(answer)

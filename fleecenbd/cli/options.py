@@ -202,9 +202,9 @@ def choose_session_options(
     if cluster_size is not None:
         given["cluster_size"] = values.parse_size(cluster_size, "--cluster-size")
     if temp_limit is not None:
-        given["temp_limit"] = _size_or_none(temp_limit, "--temp-limit", None)
+        given["temp_limit"] = values.parse_size_or_none(temp_limit, "--temp-limit", None)
     if temp_reserve is not None:
-        given["temp_reserve"] = _size_or_none(temp_reserve, "--temp-reserve", 0)
+        given["temp_reserve"] = values.parse_size_or_none(temp_reserve, "--temp-reserve", 0)
     if on_cbw_error is not None:
         given["on_cbw_error"] = on_cbw_error
     if cbw_timeout is not None:
@@ -221,15 +221,6 @@ def choose_session_options(
             "nothing could be kept; leave the option out for no limit"
         )
     return options
-
-
-def _size_or_none(text: str, option: str, none: int | None) -> int | None:
-    if text == "none":
-        return none
-    try:
-        return values.parse_size(text, option)
-    except UsageError as error:
-        raise UsageError(f"{error}; or none") from None
 
 
 def choose_hooks(freeze: str | None, thaw: str | None, timeout: str | None) -> Hooks:

@@ -118,6 +118,12 @@ async def _serve(
         files.callback(watch.stop)
     for endpoint in endpoints:
         server.listen(endpoint.socket, backup_only=endpoint.backup_only)
+    if (directory := options.temp.directory) is not None:
+        # Only here: a server that has no use for it starts without it.
+        from fleecenbd.cli.temp_directory import look_for
+
+        looking = asyncio.create_task(look_for(directory))
+        files.callback(looking.cancel)
     control.start(server, ServerPlaces(server, options, endpoints, records))
     if handed.starter is not None:
         stopping.ask_at_end_of(handed.starter)

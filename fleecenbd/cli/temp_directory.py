@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,6 +18,11 @@ from fleecenbd.storage.device import Device
 from fleecenbd.storage.pool import ThreadPool
 from fleecenbd.storage.temp import TempImage
 from fleecenbd.storage.unowned import OwnedFile, remove_unowned
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 5.0
+"""Seconds that a folder has to say whether it is there."""
 
 QCOW2_PREFIX = "fleecenbd-"
 QCOW2_SUFFIX = ".temp.qcow2"
@@ -113,6 +119,28 @@ class TempDirectory:
     async def _remove(self, file: OwnedFile) -> None:
         with suppress(OSError):  # what stays is removed when the next one is made
             await self._pool.run(file.remove)
+
+
+async def look_for(directory: str) -> None:
+    """Say in the log where --temp-dir is not there: sessions would find that out at night.
+
+    That is no reason not to serve guests: it may be mounted later.
+    """
+    pool = ThreadPool(directory, "folder for temp images", size_max=1)
+    try:
+        async with asyncio.timeout(LOOK_S):
+            is_there = await pool.run(os.path.isdir, directory)
+    except TimeoutError:
+        logger.warning(
+            "--temp-dir %s does not answer; no session can begin until it does", directory
+        )
+        return
+    finally:
+        pool.close()
+    if not is_there:
+        logger.warning(
+            "--temp-dir %s: there is no such folder; no session can begin until there is", directory
+        )
 
 
 def _close_made(making: asyncio.Future[Device]) -> None:

@@ -71,8 +71,13 @@ def parse_disk(text: str) -> DiskSpec:
     elif image.startswith(_QCOW2):
         image, kind = image.removeprefix(_QCOW2), "qcow2"
     elif _NBD_URI.match(image):
+        try:
+            place = urlsplit(image)
+            _ = place.port
+        except ValueError as error:
+            raise UsageError(f"{text}: {error}") from None
         if not equals:
-            name = unquote(urlsplit(image).path.removeprefix("/"))
+            name = unquote(place.path.removeprefix("/"))
             if not is_name(name):
                 raise UsageError(
                     f"{text}: its export's name, {name!r}, cannot be a disk's: {WHAT_NAMES_ARE}; "
@@ -152,6 +157,16 @@ def parse_size(text: str, option: str) -> int:
     if len(number) > 20 or size >= 1 << 63:
         raise UsageError(f"{option}: {text} is more than any disk holds")
     return size
+
+
+def parse_size_or_none(text: str, option: str, none: int | None) -> int | None:
+    """The same, or ``none`` for "none"."""
+    if text == "none":
+        return none
+    try:
+        return parse_size(text, option)
+    except UsageError as error:
+        raise UsageError(f"{error}; or none") from None
 
 
 def parse_port(text: str, option: str) -> int:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 RAW = "raw"
 QCOW2 = "qcow2"
@@ -38,6 +38,10 @@ class TempPlace:
         """Raises ValueError, in the words of the API: ``temp_dir`` is --temp-dir."""
         if self.temp not in (RAW, QCOW2) and not _NBD_URI.match(self.temp):
             raise ValueError(f"temp is {RAW}, {QCOW2} or an NBD URI, not {self.temp!r}")
+        try:
+            _ = urlsplit(self.temp).port
+        except ValueError as error:
+            raise ValueError(f"temp: {self.temp}: {error}") from None
         for name in _BRACES.findall(self.temp):
             if name not in (DISK, SESSION):
                 raise ValueError(f"temp: {name} stands for nothing; {DISK} and {SESSION} do")

@@ -320,6 +320,7 @@ async def serve_node(
 async def _add(child: QemuChild, block_device: Mapping[str, object]) -> None:
     loop = asyncio.get_running_loop()
     end = loop.time() + LOCK_WAIT_S
+    is_told = False
     while True:
         try:
             await child.execute("blockdev-add", block_device)
@@ -327,4 +328,7 @@ async def _add(child: QemuChild, block_device: Mapping[str, object]) -> None:
         except OSError as error:
             if error.errno != errno.EBUSY or loop.time() > end:
                 raise
+        if not is_told:
+            is_told = True
+            logger.info("%s is in use; waiting for %g s at most", child.name, LOCK_WAIT_S)
         await asyncio.sleep(0.2)

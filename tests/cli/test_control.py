@@ -117,7 +117,9 @@ def test_the_limit_of_a_live_session_is_changed(server: Serving, out: Out, fails
         shown = json.loads(out("session", "set", "s", "--temp-limit", "4k", "--json"))
         assert shown["disks"][0]["temp"]["limit"] == 4096
         assert "less than one cluster of 4096" in fails("session", "set", "s", "--temp-limit", "1k")
-        assert "is no size" in fails("session", "set", "s", "--temp-limit", "much", status=2)
+        told = fails("session", "set", "s", "--temp-limit", "much", status=2)
+        assert "is no size" in told
+        assert told.endswith("; or none")
         with connected(server.uri("vda@s")) as backup:
             for offset in (0, 65536):
                 assert bytes(backup.pread(8192, offset)) == b"1" * 8192, "nothing is lost"

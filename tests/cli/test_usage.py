@@ -131,8 +131,8 @@ def test_one_image_under_two_names_is_wrong_usage(fails: Fails, image: Path) -> 
         (("x/vm.raw", "y/vm.raw"), ("two disks are called vm", "x/vm.raw", "y/vm.raw")),
         (("nbd://host",), ("nbd://host", "write NAME=nbd://host")),
         (
-            ("a=nbd://host/vm", "b=nbd://host/vm"),
-            ("a and b are the same image, nbd://host/vm",),
+            ("a=nbd://127.0.0.1/vm", "b=nbd://127.0.0.1:10809/vm"),
+            ("a and b are the same image, nbd://127.0.0.1:10809/vm",),
         ),
         (("my disk.raw",), ("my disk", "write NAME=my disk.raw")),
     ],

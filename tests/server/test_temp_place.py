@@ -41,6 +41,7 @@ def test_what_a_later_server_left_is_no_error() -> None:
         ({"temp": "nbd://"}, "not 'nbd://'"),
         ({"temp": "http://h/"}, "not 'http://h/'"),
         ({"temp": ""}, "not ''"),
+        ({"temp": "nbd://h:99999/vm"}, "temp: nbd://h:99999/vm: Port out of range"),
         ({"temp": "nbd://h/{vm}"}, "temp: {vm} stands for nothing; {disk} and {session} do"),
         ({"directory": "temps"}, "temp_dir is an absolute path, not 'temps'"),
         ({"directory": "/a\0b"}, "temp_dir is an absolute path"),

@@ -34,7 +34,7 @@ def from_os_error(error: OSError) -> CallError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         status = 507
     elif error.filename is not None:
-        status = CONFLICT if error.errno == errno.EBUSY else 500
+        status = {errno.EBUSY: CONFLICT, errno.EINVAL: 422}.get(error.errno or 0, 500)
     else:
         status = _STATUS.get(error.errno or 0, 500)
     if error.filename is not None:

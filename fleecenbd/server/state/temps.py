@@ -149,7 +149,9 @@ class Temps:
         if directory is None:
             return path
         if not os.path.isdir(directory):
-            raise OSError(errno.EINVAL, "there is no such folder for temp images", directory)
+            is_other = os.path.exists(directory)
+            why = "it is no folder" if is_other else "there is no such folder"
+            raise OSError(errno.EINVAL, f"{why} for temp images", directory)
         elsewhere = os.path.join(directory, f"{ELSEWHERE}{name}")
         os.symlink(elsewhere, path)
         self._files.folders[name] = directory
