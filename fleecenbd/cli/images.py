@@ -53,6 +53,9 @@ async def open_other(spec: DiskSpec, *, read_only: bool, force_share: bool) -> D
             )
     except OSError as error:
         raise CommandError(f"cannot open disk {spec.name}: {reason(error, spec.image)}") from error
+    if device.size == 0:
+        device.close()
+        raise CommandError(f"cannot open disk {spec.name}: {spec.image}: the image is empty")
     return Disk(spec.name, device, discards=spec.discards)
 
 

@@ -21,6 +21,7 @@ from functools import partial
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.recording import KEEP, USE
+from fleecenbd.engine.resizing import is_away
 from fleecenbd.engine.room import holds_space
 from fleecenbd.engine.session import Session
 from fleecenbd.server.asks import Ask, lasting
@@ -171,10 +172,12 @@ class Sessions:
         return begun
 
     def _warnings(self, names: Sequence[str]) -> list[str]:
-        """What makes it likely that the guest does not write through this server."""
+        """A disk that is away; what makes it likely that its guest writes past this server."""
         warnings = []
         for name in names:
             disk = self._server.disks.get(name)
+            if disk is not None and is_away(disk):
+                warnings.append(f"{disk.device.name} does not answer: reads of {name} wait for it")
             if disk is None or self._server.read_only:
                 continue
             before = self._writes.get(disk)

@@ -182,6 +182,15 @@ def test_what_is_no_qcow2_image_is_told_in_qemu_s_words(
     assert words in line
 
 
+def test_a_qcow2_image_of_no_bytes_is_no_disk(tmp_path: Path) -> None:
+    path = tmp_path / "vda.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", path, "0")
+    result = try_run(FLEECENBD, "serve", f"qcow2:{path}", "-U", tmp_path / "s")
+    assert result.returncode == 1
+    told = f"fleecenbd: cannot open disk vda: qcow2:{path}: the image is empty"
+    assert told in result.stderr.splitlines()
+
+
 def test_an_image_that_qemu_has_open_is_in_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

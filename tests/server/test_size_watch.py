@@ -160,6 +160,8 @@ async def test_a_disk_that_is_away_is_told_once_and_once_that_it_is_back() -> No
             far.is_usable = not away
             await watched.look()
             assert (await watched.control.get("disks/far"))["away"] == away
+        begun = await watched.control.put("sessions/n", {"disks": ["far"]})
+        assert "far does not answer: reads of far wait for it" in begun["warnings"]
         is_lost(watched.server.disks["far"], "it is gone")
         await watched.look()
         about = {"disk": "far", "image": "far"}
