@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fleecenbd.engine.recording import RecordingBitmap
-from fleecenbd.storage.device import Reaching, Resizable
+from fleecenbd.storage.device import Losable, Reaching, Resizable
 
 if TYPE_CHECKING:
     from fleecenbd.engine.disk import Disk
@@ -51,7 +51,9 @@ def loss_of(disk: Disk) -> str:
 
 def is_away(disk: Disk) -> bool:
     """Whether the server that has the disk's image is being connected to again."""
-    return isinstance(disk.device, Reaching) and disk.lost is None and not disk.device.is_usable
+    device = disk.device
+    # What can be lost is not connected to again.
+    return isinstance(device, Reaching) and not isinstance(device, Losable) and not device.is_usable
 
 
 def check_usable(disk: Disk) -> None:

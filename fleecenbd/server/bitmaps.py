@@ -14,6 +14,7 @@ from fleecenbd.engine import recording
 from fleecenbd.engine.disk import Disk
 from fleecenbd.engine.ids import random_uuid
 from fleecenbd.engine.recording import RecordingBitmap, check_removable
+from fleecenbd.engine.resizing import check_usable
 from fleecenbd.engine.store import MEMORY, Store
 from fleecenbd.server.server import Server
 
@@ -52,6 +53,7 @@ class Bitmaps:
         bitmap = RecordingBitmap(name, disk.size, granularity, bitmap_id=bitmap_id, bits=bits)
         try:
             self._check_served(disk)
+            check_usable(disk)
             disk.add_bitmap(bitmap)
         except BaseException:
             bitmap.close()

@@ -76,5 +76,6 @@ class GuestHooks:
                 what, command, timeout_s=self._ask.hook_timeout_s, environment=environment
             )
         except OSError as error:
-            self._events.tell(HOOK_FAILED, session=self._session, hook=which, reason=error.strerror)
+            about = {"session": self._session, "disks": self._disks.split()}
+            self._events.tell(HOOK_FAILED, **about, hook=which, reason=error.strerror)
             raise

@@ -152,8 +152,7 @@ class Server:
             ) from None
         finally:
             disk.device.close()
-        how = "synced and closed" if disk.lost is None else "after it was lost"
-        logger.info("disk %s: removed, %s", name, how)
+        logger.info("disk %s: removed (%s)", name, "lost" if disk.lost else "synced, closed")
 
     def disk(self, name: str) -> Disk:
         """The disk of this name. Raises OSError(ENOENT)."""
@@ -284,7 +283,8 @@ class Server:
             # A fleece that had broken told its clients so then; now they lose their export.
             self._end_clients(fleece, export)
         logger.info("session %s %s: finished (%s)", name, session.id, result)
-        self.events.tell(events.SESSION_FINISHED, session=name, id=session.id, result=result)
+        about = {"id": session.id, "disks": [fleece.disk.name for fleece in session.fleeces]}
+        self.events.tell(events.SESSION_FINISHED, session=name, **about, result=result)
         return session
 
     def _fleece_died(self, fleece: Fleece, export: FleecingExport) -> None:

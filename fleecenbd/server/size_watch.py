@@ -103,8 +103,7 @@ class SizeWatch:
             self._server.events.tell(DISK_AWAY, disk=disk.name, image=disk.device.name)
             return
         self._away.discard(disk)
-        if disk.lost is None:
-            self._server.events.tell(DISK_BACK, disk=disk.name, image=disk.device.name)
+        self._server.events.tell(DISK_BACK, disk=disk.name, image=disk.device.name)
 
     def _tell_bitmaps(self, disk: Disk, lost: Sequence[RecordingBitmap]) -> None:
         """That these are lost, now: told, and written down."""

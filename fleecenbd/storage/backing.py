@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from fleecenbd.storage.locks import LockMode, lock_image
@@ -29,7 +30,8 @@ class Backing:
         self._descriptors: list[int] = []
 
     async def lock(self, name: str, nodes: Iterable[Mapping[str, Any]]) -> None:
-        """Those of QMP's ``query-named-block-nodes`` that are only read. ``name``: the image's.
+        """Those of QMP's ``query-named-block-nodes`` that are only read; of an image that is only
+        read itself, it too. ``name``: the image's.
 
         Raises OSError: EBUSY where somebody may write to one. One that cannot be locked is logged.
         """
@@ -40,7 +42,9 @@ class Backing:
         try:
             await asyncio.shield(locking)
         except asyncio.CancelledError:
-            await asyncio.wait({locking})  # for ``close``
+            while not locking.done():  # for ``close``, however often it is cancelled
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait({locking})
             raise
 
     def _lock_all(self, name: str, paths: Iterable[str]) -> None:

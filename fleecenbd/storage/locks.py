@@ -49,6 +49,10 @@ PERMISSION_NAMES = {
 _FLOCK = struct.Struct("@hhqqi0q")
 
 
+_CHILD = "qemu-storage-daemon"[:15]
+"""A program that keeps images for us, as the kernel shortens its name."""
+
+
 class LockMode(Enum):
     """Who else may use an image: permissions used, permissions not shared with others."""
 
@@ -101,7 +105,12 @@ def _is_locked(descriptor: int, base: int, permission: int) -> bool:
 
 
 def _in_use(descriptor: int, name: str, cause: str) -> OSError:
-    users = _users(descriptor)
+    users, is_ours = _users(descriptor)
+    if is_ours and not users:
+        text = (
+            f"the image is in use by this very process (pid {os.getpid()}), as a disk or below one"
+        )
+        return OSError(errno.EBUSY, f"{text}; give it once", name)
     by = f" by {', '.join(users)}" if users else ""
     return OSError(
         errno.EBUSY,
@@ -111,20 +120,29 @@ def _in_use(descriptor: int, name: str, cause: str) -> OSError:
     )
 
 
-def _users(descriptor: int) -> list[str]:
-    """Processes that have the image open, as "qemu-img (pid 12)"; those that we may see.
+def _users(descriptor: int) -> tuple[list[str], bool]:
+    """Processes that have the image open, as "qemu-img (pid 12)", those that we may see, without
+    those that keep images for us; whether we ourselves have, by another descriptor.
 
     The locks themselves name nobody: they belong to no process.
     """
     image = os.fstat(descriptor)
-    own = f"/proc/{os.getpid()}/fd/{descriptor}"
+    us = str(os.getpid())
+    own = f"/proc/{us}/fd/{descriptor}"
     users = []
+    is_ours = False
     for process in Path("/proc").glob("[0-9]*"):
         try:
             for link in (process / "fd").iterdir():
                 if str(link) != own and os.path.samestat(link.stat(), image):
-                    users.append(f"{(process / 'comm').read_text().strip()} (pid {process.name})")
+                    parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+                    if process.name == us:
+                        is_ours = True
+                        break
+                    comm = (process / "comm").read_text().strip()
+                    if (parent, comm) != (us, _CHILD):
+                        users.append(f"{comm} (pid {process.name})")
                     break
         except OSError:
             continue  # it has ended, or is somebody else's
-    return users
+    return users, is_ours

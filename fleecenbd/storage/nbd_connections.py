@@ -66,8 +66,8 @@ class NbdConnections:
         """Connections lost so far."""
         self.left_changing = False
         """The server has left without an answer what may change the export, and may still do it."""
-        self.on_connected: Callable[[], None] | None = None
-        """Called once there are as many connections as before again."""
+        self.on_connected: Callable[[], None] = lambda: None
+        """Called once there is a connection again, and as many as before."""
         self._on_failed: Callable[[OSError], None] | None = None
         self.wanted = 1
         """Connections that there are, or that are being made anew."""
@@ -146,9 +146,8 @@ class NbdConnections:
 
     def _go_on_with_fewer(self, error: OSError) -> None:
         self.wanted = len(self._open)
-        self._tell(
-            f"{self._uri}: no more connections than {self.wanted}: {error.strerror or error}"
-        )
+        why = error.strerror or error
+        self._tell(f"{self._uri}: no more connections than {self.wanted}: {why}")
 
     def when_failed(self, tell: Callable[[OSError], None]) -> None:
         """``tell`` is called once no call succeeds any more, but for ``close``: at once where it
@@ -243,8 +242,7 @@ class NbdConnections:
     async def _reconnect(self, why: OSError) -> None:
         try:
             await self._reconnect_all(why)
-            if self.on_connected is not None:
-                self.on_connected()
+            self.on_connected()
         except OSError as error:
             self._fail(error)
         finally:
@@ -281,6 +279,8 @@ class NbdConnections:
                     break
                 try:
                     self._take(connection)
+                    if len(self._open) == 1:
+                        self.on_connected()
                 except OSError as error:  # something else answers there
                     if self._retries is not None:
                         raise

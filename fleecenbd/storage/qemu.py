@@ -43,6 +43,8 @@ END_TIMEOUT_S = 300.0
 LOCK_WAIT_S = 10.0
 """Seconds that the last server's child may take to end, and to let go of its locks."""
 LOOK_S = 0.02
+HUNG_UP_S = 2.0
+"""Seconds that one whose connections are lost has to end, and to say why."""
 SAID_MAX = 500
 """Bytes of its messages that an error shows, the last ones."""
 
@@ -204,6 +206,7 @@ class QemuDevice(Losing, RemoteDevice):
         self._child = child
         self._quit: Callable[[], Awaitable[None]] = child.quit
         """What ends it; raises OSError."""
+        client.when_lost(self._hung_up)
         self._watching = asyncio.get_running_loop().create_task(self._watch(), name=f"end {name}")
 
     async def _watch(self) -> None:
@@ -211,20 +214,31 @@ class QemuDevice(Losing, RemoteDevice):
         if not self._is_closed:
             self._has_ended(f"{PROGRAM} has ended: {self._child.said()}")
 
+    def _hung_up(self, error: OSError) -> None:
+        """No request succeeds any more. As a rule it ends, and will say why."""
+        if not self._is_closed and not self.is_lost:
+            loop = asyncio.get_running_loop()
+            loop.call_later(HUNG_UP_S, self._still_there, error)
+
+    def _still_there(self, error: OSError) -> None:
+        if not self._is_closed and not self.is_lost:
+            self._has_ended(f"{PROGRAM} does not serve it any more: {error.strerror}")
+
     def _has_ended(self, why: str) -> None:
         """The child has, and nobody had asked it to."""
         logger.error("%s: %s", self.name, why)
         self._lose(why)
 
     async def _hang_up(self) -> None:
-        await super()._hang_up()
         try:
+            await super()._hang_up()
             await self._quit()
         except OSError as error:
             logger.error("%s: %s", self.name, error.strerror)
-        if self.backing is not None:
-            self.backing.close()
-        self._watching.cancel()
+        finally:
+            if self.backing is not None:
+                self.backing.close()
+            self._watching.cancel()
         if self.on_closed is not None and (left := self.on_closed()) is not None:
             await left
 

@@ -271,11 +271,15 @@ class Telling:
         self._told = 0
         self._since = 0.0
 
-    def connected(self, uri: str) -> None:
-        """The attempts have come to their end."""
-        away_s = monotonic() - self._since
-        logger.info("%s: connected again, after %.1f s", uri, away_s)
+    def start(self) -> None:
+        """It is connected: what comes next is about another outage."""
         self._told = 0
+
+    def connected(self, uri: str) -> None:
+        """It is again."""
+        if self._told:
+            logger.info("%s: connected again, after %.1f s", uri, monotonic() - self._since)
+        self.start()
 
     def __call__(self, text: str) -> None:
         """A line."""
@@ -292,6 +296,7 @@ async def open_remote(uri: str, *, read_only: bool = False) -> RemoteDevice:
     client = await NbdClient.open(
         uri, contexts=(ALLOCATION,), connections=CONNECTIONS_MAX, retries=None, tell=telling
     )
+    telling.start()  # it may have told of fewer connections than were asked for
     client.when_connected(partial(telling.connected, uri))
     try:
         facts = client.facts

@@ -21,6 +21,7 @@ import os
 from contextlib import suppress
 from typing import Any
 
+from fleecenbd.storage.filesystem import type_of
 from fleecenbd.storage.nbd_client import NbdClient
 from fleecenbd.storage.pool import ThreadPool
 from fleecenbd.storage.qemu import NODE, QemuChild, QemuDevice, serve_node
@@ -45,12 +46,24 @@ class TempQcow2(QemuDevice, TempRemote):
     def __init__(self, client: NbdClient, child: QemuChild, name: str, **facts: Any) -> None:
         super().__init__(client, child, name, **facts)
         self._quit = child.kill
+        self._has_ahead: bool | None = None
+        """Known once its file system was asked."""
         self._asking = ThreadPool(name, "room", size_max=1)
         self._showing = asyncio.get_running_loop().create_task(self._show(), name=f"show {name}")
 
     async def room(self) -> tuple[int, int]:
         """(bytes free, bytes in all) of its file's file system. Raises OSError."""
-        return await self._asking.run(_room, self.name)
+        return await self._asking.run(self._room)
+
+    def _room(self) -> tuple[int, int]:
+        """XFS gives a file that grows space beyond its end, as much again as it has (xfs(5),
+        allocsize), and takes it back where it is short of space. What is written next goes there:
+        for this file it is free."""
+        if self._has_ahead is None:
+            self._has_ahead = _gives_ahead(self.name)
+        system, file = os.statvfs(self.name), os.stat(self.name)
+        ahead = max(0, file.st_blocks * 512 - file.st_size) if self._has_ahead else 0
+        return system.f_bavail * system.f_frsize + ahead, system.f_blocks * system.f_frsize
 
     async def _show(self) -> None:
         """QEMU keeps its tables in memory; a flush (of a node that syncs nothing) writes them."""
@@ -66,15 +79,13 @@ class TempQcow2(QemuDevice, TempRemote):
         await super()._hang_up()
 
 
-def _room(path: str) -> tuple[int, int]:
-    """(bytes free, bytes in all), for this file.
-
-    XFS gives a file that grows space beyond its end, as much again as it has (xfs(5), allocsize).
-    Nobody else can take that, and what is written next goes there: for this file it is free.
-    """
-    system, file = os.statvfs(path), os.stat(path)
-    ahead = max(0, file.st_blocks * 512 - file.st_size)
-    return system.f_bavail * system.f_frsize + ahead, system.f_blocks * system.f_frsize
+def _gives_ahead(path: str) -> bool:
+    """Whether its file system gives a file that grows space beyond its end."""
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return type_of(descriptor) == "xfs"
+    finally:
+        os.close(descriptor)
 
 
 async def make_temp_qcow2(

@@ -4,9 +4,11 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -41,14 +43,22 @@ class Listening:
             text=True,
         )
         assert self.process.stderr is not None
-        assert (
-            self.process.stderr.readline() == f"fleecenbd: listening to the server at {control}\n"
-        )
+        listens = f"fleecenbd: listening to the server at {control}"
+        assert self._next(self.process.stderr) == listens
 
     def line(self) -> str:
         """The next line, without its end."""
         assert self.process.stdout is not None
-        return self.process.stdout.readline().removesuffix("\n")
+        return self._next(self.process.stdout)
+
+    def _next(self, stream: IO[str]) -> str:
+        # Ends the wait, and what it waits for: there is a line, or the end, after that.
+        timer = threading.Timer(TIMEOUT_S, self.process.kill)
+        timer.start()
+        try:
+            return stream.readline().removesuffix("\n")
+        finally:
+            timer.cancel()
 
     def ends(self) -> tuple[int, str, str]:
         """Its status, and what it has printed since: output, errors."""
@@ -103,6 +113,7 @@ def test_only_what_was_asked_for_is_told_and_only_so_often(tmp_path: Path, image
         listening(server, "--disk", "vdb", "--count", "4") as of_disk,
         listening(server, "--kind", "session-begun", "--kind", "client-went", "--json") as kinds,
         listening(server, "--kind", "session-begun", "--count", "5") as too_many,
+        listening(server, "--disk", "vdb", "--kind", "session-finished", "--count", "1") as ended,
     ):
         control = Control(f"{server.unix}.control")
         control.call("PUT", "sessions/other", disks=["vda"])
@@ -110,6 +121,7 @@ def test_only_what_was_asked_for_is_told_and_only_so_often(tmp_path: Path, image
         for export in ("vda", "vdb", "vda@other", "vdb@n", "vdb@n+once"):
             with connected(server.uri(export)):
                 pass
+        control.call("DELETE", "sessions/other?result=success")
         control.call("DELETE", "sessions/n?result=success")
         control.close()
         server.stop()
@@ -133,6 +145,8 @@ def test_only_what_was_asked_for_is_told_and_only_so_often(tmp_path: Path, image
         ]
         names = [json.loads(line)["event"] for line in kinds.ends()[1].splitlines()]
         assert names == ["session-begun"] * 2 + ["client-went"] * 5
+        status, out, err = ended.ends()
+        assert (status, out.split()[1:3], err) == (0, ["session-finished", "n:"], "")
         status, out, err = too_many.ends()
         assert (status, len(out.splitlines())) == (1, 2)
         assert err.endswith(" has stopped, after 2 of 5 events\n")
@@ -151,7 +165,7 @@ def test_a_server_that_is_killed_is_no_server_that_stopped(tmp_path: Path, image
 def test_a_server_that_says_nothing_for_long_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(control_client, "SILENCE_S", 2.0)
+    monkeypatch.setattr(control_client, "SILENCE_S", 8.0)
     (tmp_path / "vm.raw").write_bytes(bytes(MIB))
     socket = tmp_path / "f.sock"
     words = ("serve", tmp_path / "vm.raw", "-U", socket, "--state-dir", tmp_path / "state")

@@ -141,6 +141,12 @@ def test_a_child_that_dies_fails_its_disk_and_no_other(tmp_path: Path) -> None:
         assert "add it anew, or start the server again" in refused.stderr
         while not any(event["event"] == "bitmap-lost" for event in told):
             assert time.monotonic() < end, told
+            time.sleep(0.05)
+        assert not any(event["event"] == "disk-away" for event in told), "it is lost"
+        refused = try_run(
+            *(FLEECENBD, "bitmap", "add", "vda", "c"), "--control", f"{server.unix}.control"
+        )
+        assert "disk vda is lost" in refused.stderr
         whose = [(event["event"], event["disk"]) for event in told if "-lost" in event["event"]]
         assert whose == [("disk-lost", "vda"), ("bitmap-lost", "vda")]
         server.status = 1  # it could not be synced
@@ -159,7 +165,7 @@ def test_a_disk_whose_child_died_is_removed_and_added_anew(tmp_path: Path) -> No
         run(FLEECENBD, "disk", "remove", "vda", *control)
         run(FLEECENBD, "disk", "add", f"vda=qcow2:{path}", *control)
         assert read_all(server.uri("vda")) == before
-    assert "disk vda: removed, after it was lost" in server.messages()
+    assert "disk vda: removed (lost)" in server.messages()
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,7 @@ def test_a_qcow2_temp_image_whose_child_dies_breaks_its_session_whatever_its_pol
             guest.pwrite(b"y" * 4096, 4096)
         session = control.call("GET", "sessions/n")
         assert (
-            "its temp image is lost: qemu-storage-daemon has ended: status -9"
+            "its temp image is lost: qemu-storage-daemon has ended: killed by signal 9"
             in (session["reason"])
         )
         with connected(server.uri("vda@n")) as backup, pytest.raises(nbd.Error, match="output"):

@@ -495,7 +495,7 @@ async def test_what_happens_is_told_as_json_lines() -> None:
             {"event": "client-came", "export": "vda", "client": pid},
             {"event": "session-begun", "session": "n", "disks": ["vda"]},
             {"event": "session-broken", "session": "n", "disk": "vda"},
-            {"event": "session-finished", "session": "n", "result": "failed"},
+            {"event": "session-finished", "session": "n", "disks": ["vda"], "result": "failed"},
         ]
 
 

@@ -76,6 +76,8 @@ async def test_what_got_no_reply_is_asked_again(tmp_path: Path) -> None:
         server.answer = answer
         server.disk[:] = bytes(index % 241 for index in range(MIB))
         client = await NbdClient.open(server.uri, contexts=[ALLOCATION], tell=told)
+        connected: list[int] = []
+        client.when_connected(lambda: connected.append(len(told)))
         data = b"abc" * 1000
         results = await asyncio.gather(
             *(client.pread(at * 1000, 1000) for at in range(3)),
@@ -90,6 +92,8 @@ async def test_what_got_no_reply_is_asked_again(tmp_path: Path) -> None:
         assert server.disk[-1024:] == bytes(1024)
         assert client.generation == 1
         assert len(told) == 1
+        assert connected
+        assert set(connected) == {1}, "after the attempt"
         assert told[0].startswith(f"{server.uri}: ")
         assert told[0].endswith("; connecting again in 0.001 s (attempt 1 of 5)")
         await close(client)

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+from pathlib import Path
 
+import pytest
+
+from fleecenbd.engine.disk import Disk
+from fleecenbd.engine.resizing import is_away
+from fleecenbd.storage import qemu
 from fleecenbd.storage.qemu import QemuChild
 
 
@@ -18,3 +25,37 @@ async def test_a_start_that_is_cancelled_leaves_no_child() -> None:
     assert child._process is not None, "who is known can be ended"
     await child.kill()
     assert child._process.returncode is not None
+
+
+async def test_a_child_that_hangs_up_and_lives_loses_its_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qemu, "HUNG_UP_S", 0.05)
+    path = tmp_path / "vda.qcow2"
+    _make(path)
+    device = await qemu.open_qcow2(str(path))
+    lost = asyncio.get_running_loop().create_future()
+    disk = Disk("vda", device)
+    tell = device.on_lost
+    assert tell is not None
+
+    def is_lost(why: str) -> None:
+        tell(why)
+        lost.set_result(why)
+
+    device.on_lost = is_lost
+    await device._child.execute("block-export-del", {"id": "export", "mode": "hard"})
+    with pytest.raises(OSError, match="lost"):
+        await device.pread(0, 512)
+    assert not is_away(disk)
+    async with asyncio.timeout(30):
+        why = await lost
+    assert why.startswith("qemu-storage-daemon does not serve it any more: ")
+    assert disk.lost == why
+    device.close()
+    await device.wait_closed()
+
+
+def _make(path: Path) -> None:
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", str(path), "1M"]
+    subprocess.run(words, check=True)
