@@ -230,8 +230,8 @@ class QemuDevice(Losing, RemoteDevice):
         self._lose(why)
 
     async def _hang_up(self) -> None:
+        await super()._hang_up()
         try:
-            await super()._hang_up()
             await self._quit()
         except OSError as error:
             logger.error("%s: %s", self.name, error.strerror)
