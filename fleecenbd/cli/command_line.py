@@ -297,7 +297,8 @@ def _serve(
         typer.Option(
             "--force-share",
             rich_help_panel=DISKS,
-            help="Neither lock the images nor look whether others (QEMU) have locked them.",
+            help="Neither lock the images nor look whether others (QEMU) have locked them. "
+            "Of qcow2 disks this is about raw files below them: the rest QEMU locks itself.",
         ),
     ] = False,
     run: Annotated[

@@ -68,7 +68,7 @@ def events(
     """What happens from now on, a line each: sessions, clients, disks, temp images, jobs.
 
     Temp images that fill up, guests that are throttled, sessions that break and bitmaps that are
-    lost are told here as they are in the server's log. "listening" on standard error says that \
+    lost are told here as they are in the server's log. "listening" on standard error says that
     from then on nothing is missed. Ctrl-C ends it.
     """
     wanted = _Wanted(kind or (), session, disk)
