@@ -33,7 +33,8 @@ class Storm(threading.Thread):
 
     def __init__(self, uri: str, seed: int) -> None:
         super().__init__()
-        self.writes = 0
+        self.places: set[int] = set()
+        """Bytes, of clusters that it has written to."""
         self._uri = uri
         self._dice = random.Random(seed)
         self._ends = threading.Event()
@@ -43,7 +44,7 @@ class Storm(threading.Thread):
             while not self._ends.is_set():
                 place = self._dice.randrange(SIZE // CLUSTER) * CLUSTER
                 guest.pwrite(self._dice.randbytes(CLUSTER), place)
-                self.writes += 1
+                self.places.add(place)
 
     def __enter__(self) -> "Storm":
         self.start()
@@ -75,7 +76,8 @@ class Room:
         return dict(disk)
 
     def peak(self, name: str, command: list[str | Path], **options: object) -> tuple[int, int]:
-        """Pull a session while a guest writes; (bytes in the temp image at most, its writes)."""
+        """Pull a session while a guest writes; (bytes in the temp image at most, bytes of all
+        clusters that the guest has written to)."""
         before = self.begin(name, **options)
         with Storm(self.server.uri("vm"), seed=1) as storm:
             run(*command)
@@ -83,7 +85,7 @@ class Room:
         (self.folder / "out.raw").unlink()
         peak = int(self.disk_of(name)["temp"]["peak"])
         self.control.call("DELETE", f"sessions/{name}")
-        return peak, storm.writes
+        return peak, len(storm.places) * CLUSTER
 
 
 @pytest.fixture
@@ -120,16 +122,19 @@ def test_a_pull_that_reads_once_keeps_the_temp_image_small(served: Room, client:
     if client is _nbdcopy:
         target.write_bytes(b"")
         os.truncate(target, SIZE)
-    kept, writes = served.peak("a", client(served.server.uri("vm@a"), target))
-    assert kept > SIZE // 10, f"the guest made {writes} writes only"
+    # How much a guest writes during a pull is the machine's business: no run is held to another's.
+    kept, written = served.peak("a", client(served.server.uri("vm@a"), target))
+    assert written > 50 * CLUSTER, f"the guest wrote to {written} bytes only"
+    assert 0.9 * written < kept <= written
     for name, options, once in (("b", {"read_once": True}, ""), ("c", {}, "+once")):
         if client is _nbdcopy:
             target.write_bytes(b"")
             os.truncate(target, SIZE)
-        peak, writes = served.peak(
+        peak, written = served.peak(
             name, client(served.server.uri(f"vm@{name}{once}"), target), **options
         )
-        assert peak < 0.6 * kept, f"{peak} bytes, {writes} writes; without: {kept}"
+        assert written > 50 * CLUSTER, f"the guest wrote to {written} bytes only"
+        assert peak < 0.6 * written, f"{peak} of {written} bytes"
 
 
 @contextmanager
