@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-import tests.durability.pulled  # noqa
 from fleecenbd.cli.main import run as run_command
+from fleecenbd.client.block_io import READ_LENGTH_MAX
+from fleecenbd.engine.recording import GRANULARITY_DEFAULT
 from tests.controlling import Control
 from tests.disks import KIB, MIB, make_disk
 from tests.interop.test_nightly import SCRIPT
-from tests.remembering import Moment, RememberingGuest, remembering
+from tests.remembering import Moment, RememberingGuest, granules, remembering
 from tests.serving import (
     CLIENTS_PATH,
     FLEECENBD,
@@ -30,6 +31,7 @@ from tests.serving import (
 )
 
 SIZE = 4 * MIB + 4 * KIB + 512  # no multiple of a bitmap's granule, nor of a page
+READS = 4
 PAUSE_S = 0.02  # of the guest between writes: a night does not change the whole disk
 
 
@@ -66,9 +68,20 @@ class Backing:
     def sessions(self) -> list[dict[str, Any]]:
         return list(self.control.call("GET", "sessions")["sessions"])
 
+    def wait_for_reads(self) -> None:
+        """Until the guest has changed so much that the next backup needs several reads: a rate
+        lets the first pass at once."""
+        guest = self.guests[0]
+        first = len(guest.writes)
+        touched = set[int]()
+        while len(touched) * GRANULARITY_DEFAULT < READS * READ_LENGTH_MAX:
+            guest.wait(10)
+            written = [(offset, data) for offset, data in guest.writes[first:] if any(data)]
+            touched = granules(written, GRANULARITY_DEFAULT)
+
     def killed(self, *words: str | Path) -> None:
         """One that is killed while it copies."""
-        self.guests[0].wait(20)  # there is something to copy, for seconds
+        self.wait_for_reads()  # there is something to copy, for seconds
         command = [FLEECENBD, "backup", *words, "--rate", "64k", "--progress", "json"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -147,7 +160,7 @@ def test_a_chain_goes_on_over_failures_of_every_kind(
         backing.good(*night(3))
         # The session breaks.
         words = ("--temp-limit", "4k", "--no-trim", "--rate", "8k", "--cbw-timeout", "1")
-        backing.guests[0].wait(20)
+        backing.wait_for_reads()
         _, err = backing.call(*night(4), *words, status=1)
         assert "temp image" in err
         backing.good(*night(4))
