@@ -38,13 +38,7 @@ server meanwhile."""
 async def stop_server(server: Server, *, deadline_s: float) -> bool:
     """``Server.stop``."""
     server.stop_listening()
-    # Those that others keep: their space is given back, as that of a file is by itself.
-    temps = [
-        fleece.temp
-        for session in server.sessions.values()
-        for fleece in session.fleeces
-        if isinstance(fleece.temp, Losable)
-    ]
+    temps = [fleece.temp for session in server.sessions.values() for fleece in session.fleeces]
     connections = list(server.clients.connections)
     if server.store is None or server.end_sessions:
         # Backups first: a guest must not wait for a session that nobody will read any more.
@@ -72,11 +66,14 @@ async def stop_server(server: Server, *, deadline_s: float) -> bool:
     server.abort()
     # A hung call keeps its image open; the process's end lets go of it.
     closes = [disk.device.wait_closed() for disk in server.disks.values()]
+    # The space of those that others keep is given back; that of a file is by itself.
+    elsewhere = [temp for temp in temps if isinstance(temp, Losable)]
+    closes += [temp.wait_closed() for temp in temps if temp not in elsewhere]
     if server.store is not None:
         closes.append(server.store.wait_closed())
     await _within(CLOSE_DEADLINE_S, [*closes, server.records_settled()])
     # Those of sessions that had ended before, too.
-    giving_back = [given_back(), *(temp.wait_closed() for temp in temps)]
+    giving_back = [given_back(), *(temp.wait_closed() for temp in elsewhere)]
     if not await _within(TEMPS_DEADLINE_S, giving_back):
         logger.warning("not all temp images are closed: what they hold may stay")
     return all_synced

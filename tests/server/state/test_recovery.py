@@ -27,6 +27,7 @@ from fleecenbd.server.state.recovery import recover
 from fleecenbd.server.temp_place import TempPlace
 from fleecenbd.storage.file import FileDevice
 from fleecenbd.storage.temp import TempImage
+from tests.descriptors import descriptors_of
 
 SIZE = 1 << 20
 OLD = b"old!" * (SIZE // 4)
@@ -135,6 +136,25 @@ async def test_a_session_and_its_bitmap_go_on(place: Place, way: str) -> None:
     assert bitmap.since.session_id == before.id
     assert [bool(bit) for bit in bitmap.bitmap.bits[:4]] == [True, False, True, False]
     await server.stop()
+
+
+async def test_a_server_that_has_stopped_has_let_go_of_its_temp_images(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await place.start()
+    await _begin(server)
+    temps = place.folder / "state" / "files" / "temp-"
+    assert descriptors_of(temps)
+    close = os.close
+
+    def slow_close(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(temps)):
+            time.sleep(0.1)
+        close(descriptor)
+
+    monkeypatch.setattr(os, "close", slow_close)
+    await server.stop()
+    assert descriptors_of(temps) == []
 
 
 async def test_what_is_finished_leaves_no_file_but_its_bitmap(place: Place) -> None:
