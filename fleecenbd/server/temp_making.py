@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server.temp_place import TempPlace
-from fleecenbd.storage.device import Device
 from fleecenbd.storage.nbd_places import Server, named_server
-from fleecenbd.storage.same_storage import Alone, is_same_storage
+from fleecenbd.storage.same_storage import is_disk, is_temp
 
 if TYPE_CHECKING:
     from fleecenbd.storage.temp_qcow2 import TempQcow2
@@ -25,11 +24,11 @@ TAKE_TIMEOUT_S = 60.0
 """Seconds to empty what may hold data."""
 ENDING_TIMEOUT_S = 20.0
 """Seconds that temp images that have ended may take to give back their space."""
+HOLD_S = 2.0
+"""Seconds that guests' writes in flight may take to end, while others wait."""
 UNANSWERED_S = 900.0
 """Seconds for which what was asked, and never answered, may still be done: after so many Linux
 gives up sending."""
-
-"""What an NBD URI says of it."""
 
 _live: set[TempExport] = set()
 """Exports that are, or may be, changed by this process: until their connections are closed."""
@@ -121,7 +120,7 @@ async def _is_apart(export: TempExport, uri: str, disks: Callable[[], Iterable[D
         if temps:
             temp = temps[0]
             try:
-                is_same = await is_same_storage(export.besides, temp.besides, temp.alone)
+                is_same = await is_temp(export.besides, temp.besides, temp.alone, temp.lose)
             except OSError:
                 if temp.is_closed:
                     continue  # it has ended meanwhile, and is waited for
@@ -133,23 +132,40 @@ async def _is_apart(export: TempExport, uri: str, disks: Callable[[], Iterable[D
             apart.add(temp)
         elif others:
             disk = others[0]
-            if await _is_disk(export, disk.device, _not_alone, disk):
+            if await _is_disk(export, disk):
                 raise _same(uri, f"disk {disk.name}")
             apart.add(disk)
         else:
             return
 
 
-async def _is_disk(export: TempExport, device: Device, alone: Alone, disk: Disk) -> bool:
+async def _is_disk(export: TempExport, disk: Disk) -> bool:
     """Raises OSError, but where the disk is gone: then it is not what has just answered."""
     if _is_gone(disk):
         return False
     try:
-        return await is_same_storage(export.besides, device, alone)
+        return await is_disk(export.besides, disk.device, partial(_held, export, disk))
     except OSError:
         if _is_gone(disk):
             return False
         raise
+
+
+@asynccontextmanager
+async def _held(export: TempExport, disk: Disk) -> AsyncIterator[None]:
+    """Within it no guest writes. Raises OSError where writes in flight take too long."""
+    async with export.alone():
+        disk.hold()
+        try:
+            if not await disk.wait_idle(asyncio.get_running_loop().time() + HOLD_S):
+                raise OSError(
+                    errno.ETIMEDOUT,
+                    f"writes to it were still in flight after {HOLD_S:g} s",
+                    disk.name,
+                )
+            yield
+        finally:
+            disk.release_hold()
 
 
 def _is_gone(disk: Disk) -> bool:
@@ -178,10 +194,15 @@ async def adding(disk: Disk) -> AsyncIterator[None]:
 
 
 async def _is_temp(disk: Disk, temp: TempExport) -> bool:
+    if not temp.is_closed and not _is_gone(disk):
+        try:
+            return await is_temp(disk.device, temp.besides, temp.alone, temp.lose)
+        except OSError:
+            if not temp.is_closed and not _is_gone(disk):
+                raise
     if temp.is_closed:
         await temp.wait_closed()
-        return False
-    return await _is_disk(temp, disk.device, temp.alone, disk)
+    return False
 
 
 def _closed(export: TempExport) -> None:
@@ -229,12 +250,6 @@ def _check_answered(uri: str) -> None:
             uri,
         )
     del _unanswered[named_server(uri)]
-
-
-@asynccontextmanager
-async def _not_alone() -> AsyncIterator[None]:
-    """Guests go on (same_storage.py)."""
-    yield
 
 
 def _same(uri: str, what: str) -> OSError:

@@ -3,24 +3,36 @@
 Many NBD servers ignore an export's name, or have several. A temp image in the place of another, or
 of a disk, would make a backup of wrong data, or wipe the disk, and nobody would be told.
 
-    1  compare a few places, where the other has data if that can be found; they differ: no
+    1  compare a few places, where the one in use has data if that can be found; they differ: no
     2  write a mark, look for it, put back what was there
 
-So a mark is written only where all that was compared is alike: where the other is empty, that is,
-or the same. If it is the same, and a guest's disk, then for as long as a few requests take a random
-4 KiB of it are not the guest's: zeroes, if there were any among the places.
+So a mark is written only where all that was compared is alike: where the one in use is empty, that
+is, or the same. Where the mark is written, and what guarantees that it goes:
+
+    temp images    the one in use, by its own connections, and nobody else uses it before what was
+                   there is back. Where that fails, it is lost, as it would be with a connection.
+    disks          the other: a guest's disk is not touched, unless it is the same. If it is, no
+                   guest writes there before what was there is back, put there by the disk's own
+                   way. Who reads there meanwhile, guest or backup, may read the mark: 4 KiB, for as
+                   long as two requests take, in place of zeroes, if there were any among the
+                   places.
+
+What is late is waited for, and put right then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
-from typing import Protocol, TypeAlias
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol, TypeAlias
 
 from fleecenbd.storage.device import EXTENT_ZERO, Buffer, Data, Extent
+
+logger = logging.getLogger(__name__)
 
 LOOK = 4096
 """Bytes that are looked at in one place."""
@@ -29,9 +41,11 @@ PLACES = 4
 WINDOW = 64 << 20
 """Bytes in which data is looked for, from a random place on."""
 MARK_S = 2.0
-"""Seconds for a mark to be written and looked for: others may have to wait meanwhile,"""
-RESTORE_S = 2.0
-"""and for it to be written, late, and what was there to be put back."""
+"""Seconds for one look, and for one mark: others may have to wait meanwhile."""
+ANSWER_S = 8.0
+"""Seconds for all that follows the comparison."""
+
+_late: set[asyncio.Task[Any]] = set()
 
 
 class Readable(Protocol):
@@ -63,34 +77,155 @@ class Writable(Readable, Protocol):
 
 
 Alone: TypeAlias = Callable[[], AbstractAsyncContextManager[None]]
-"""To a context in which nobody else uses a device."""
+"""To a context in which others are kept from a device."""
 
 
-async def is_same_storage(one: Writable, other: Readable, alone: Alone) -> bool:
-    """Whether what is written to ``one`` is seen in ``other``. Raises OSError, and TimeoutError.
+async def is_temp(new: Readable, temp: Writable, alone: Alone, lose: Callable[[str], None]) -> bool:
+    """Whether what is written to a temp image in use is seen in ``new``.
 
-    ``alone``: nobody else uses the one of the two that is in use, while there is a mark.
+    ``alone``: nobody else uses the temp image. ``lose`` is told why what it holds cannot be
+    trusted any more. Raises OSError; ETIMEDOUT where one of them does not answer.
     """
-    blocks = min(one.size, other.size) // LOOK
-    if not blocks:
+    place = await _alike_place(new, temp)
+    if place is None:
         return False
+    return await _told(_mark_temp(new, temp, place, alone, lose), temp.name)
+
+
+async def _mark_temp(
+    new: Readable, temp: Writable, place: int, alone: Alone, lose: Callable[[str], None]
+) -> bool:
+    mark = os.urandom(LOOK)
+    async with alone():
+        before = await temp.pread(place, LOOK)
+        try:
+            await temp.pwrite(place, mark)
+            async with _answering(new.name):
+                return await new.pread(place, LOOK) == mark
+        finally:
+            try:
+                await _put_back(temp, place, before)
+            except OSError as error:
+                lose(f"{LOOK} bytes at {place} may not be what they were: {error.strerror}")
+                raise
+
+
+async def is_disk(new: Writable, disk: Writable, alone: Alone) -> bool:
+    """Whether what is written to ``new``, which nobody uses, is seen in a disk.
+
+    ``alone``: nobody writes to the disk, nor uses ``new``. Raises OSError; ETIMEDOUT where one of
+    them does not answer.
+    """
+    place = await _alike_place(new, disk)
+    if place is None:
+        return False
+    return await _told(_mark_disk(new, disk, place, alone), new.name)
+
+
+async def _mark_disk(new: Writable, disk: Writable, place: int, alone: Alone) -> bool:
+    mark = os.urandom(LOOK)
+    async with alone():
+        async with _answering(new.name):
+            before = await new.pread(place, LOOK)
+        marking = asyncio.ensure_future(new.pwrite(place, mark))
+        try:
+            async with _answering(new.name):
+                await asyncio.shield(marking)
+            if await disk.pread(place, LOOK) == mark:
+                await _put_back(_writable(new, disk), place, before)
+                return True
+        except BaseException:
+            undoing = _undo_late(new, disk, place, mark, before, marking, alone)
+            _run_on(asyncio.create_task(undoing, name=f"mark in {new.name}"))
+            raise
+    await _put_back(new, place, before)
+    return False
+
+
+async def _undo_late(
+    new: Writable,
+    disk: Writable,
+    place: int,
+    mark: bytes,
+    before: Buffer,
+    marking: asyncio.Future[None],
+    alone: Alone,
+) -> None:
+    """Once the mark has its answer, or never will."""
+    await asyncio.wait({marking})
+    _retrieve(marking)
+    try:
+        async with alone():
+            if await _has(disk, place, mark):
+                await _put_back(_writable(new, disk), place, before)
+            else:
+                async with _answering(new.name):
+                    if await new.pread(place, LOOK) == mark:
+                        await _put_back(new, place, before)
+    except OSError as error:
+        name = error.filename or disk.name
+        logger.error("%s: %d bytes at %d may hold a mark: %s", name, LOOK, place, error.strerror)
+
+
+def _writable(new: Writable, disk: Writable) -> Writable:
+    """A way to storage that is that of both."""
+    return new if getattr(disk, "read_only", False) else disk
+
+
+async def _has(device: Readable, place: int, mark: bytes) -> bool:
+    """Whether it tells that it has it."""
+    try:
+        return await device.pread(place, LOOK) == mark
+    except OSError:
+        return False
+
+
+async def _told(marking: Coroutine[Any, Any, bool], name: str) -> bool:
+    """What it finds out; it goes on, whatever becomes of who asks."""
+    task = asyncio.ensure_future(marking)
+    _run_on(task)
+    async with _answering(name, ANSWER_S):
+        return await asyncio.shield(task)
+
+
+def _run_on(task: asyncio.Task[Any]) -> None:
+    _late.add(task)
+    task.add_done_callback(_late.discard)
+    task.add_done_callback(_retrieve)
+
+
+@asynccontextmanager
+async def _answering(name: str, seconds: float | None = None) -> AsyncIterator[None]:
+    """Raises OSError(ETIMEDOUT) after MARK_S, or so many seconds."""
+    try:
+        async with asyncio.timeout(MARK_S if seconds is None else seconds):
+            yield
+    except TimeoutError as error:
+        if error.errno is not None:
+            raise  # somebody said so
+        text = f"it, or what it is compared with, does not answer; {LOOK} bytes may hold a mark"
+        raise OSError(errno.ETIMEDOUT, text, name) from None
+
+
+async def _alike_place(new: Readable, used: Readable) -> int | None:
+    """The offset of a place in which both are alike; None: they are not the same storage."""
+    blocks = min(new.size, used.size) // LOOK
+    if not blocks:
+        return None
     place = None
     is_zero = False
     differing = 0
     for _ in range(PLACES):
-        offset = await _place(other, blocks)
-        found = await _alike(one, other, offset)
+        offset = await _place(used, blocks)
+        found = await _alike(new, used, offset)
         if found is None:
             differing += 1  # one of them may be a place that a guest never stops writing to
             if differing == 2:
-                return False
+                return None
         elif not is_zero:
             place, is_zero = offset, not any(found)
     assert place is not None, "most places are alike"
-    async with alone():
-        async with asyncio.timeout(MARK_S):
-            before = await one.pread(place, LOOK)
-        return await _is_marked(one, other, place, before)
+    return place
 
 
 async def _place(other: Readable, blocks: int) -> int:
@@ -115,38 +250,14 @@ async def _alike(one: Readable, other: Readable, offset: int) -> Buffer | None:
     return None
 
 
-async def _is_marked(one: Writable, other: Readable, offset: int, before: Buffer) -> bool:
-    mark = os.urandom(LOOK)
-    marking = asyncio.ensure_future(one.pwrite(offset, mark))
-    marking.add_done_callback(_retrieve)
-    try:
-        async with asyncio.timeout(MARK_S):
-            await asyncio.shield(marking)
-            return await other.pread(offset, LOOK) == mark
-    finally:
-        restoring = asyncio.ensure_future(_restore(one, offset, before, marking))
-        if (await asyncio.wait({restoring}, timeout=RESTORE_S))[1]:
-            restoring.add_done_callback(_retrieve)
-            raise OSError(
-                errno.ETIMEDOUT,
-                f"it does not answer: {LOOK} bytes at {offset} may hold a mark, and not what they "
-                "held",
-                one.name,
-            )
-        restoring.result()
+async def _put_back(device: Writable, place: int, before: Buffer) -> None:
+    if any(before):
+        await device.pwrite(place, before)
+    else:
+        await device.zero(place, LOOK)
 
 
-def _retrieve(late: asyncio.Future[None]) -> None:
+def _retrieve(late: asyncio.Future[Any]) -> None:
     """Nobody may wait for it any more: what it failed with is known then."""
     if not late.cancelled():
         late.exception()
-
-
-async def _restore(
-    one: Writable, offset: int, before: Buffer, marking: asyncio.Future[None]
-) -> None:
-    await asyncio.wait({marking})  # else it could come after what follows
-    if any(before):
-        await one.pwrite(offset, before)
-    else:
-        await one.zero(offset, LOOK)

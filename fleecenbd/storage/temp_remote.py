@@ -15,7 +15,7 @@ import asyncio
 import errno
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fleecenbd.storage.device import EXTENT_ZERO, Buffer, Data, Extent
@@ -71,6 +71,7 @@ class TempExport(TempRemote):
         """Called once the connections are closed."""
         self.is_ours = False
         """What it holds is ours to give back."""
+        self._alone = asyncio.Lock()
         self._going_on: asyncio.Event | None = None
         """While nothing is asked, for ``alone``."""
         client.when_lost(lambda error: self.lose(error.strerror or str(error)))
@@ -82,16 +83,17 @@ class TempExport(TempRemote):
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
-        """Within it, nothing is asked but through ``besides``. One at a time. Raises OSError where
-        what is being asked takes too long."""
-        self._going_on = asyncio.Event()
-        try:
-            if self._calls and (await asyncio.wait(self._calls, timeout=ALONE_S))[1]:
-                raise OSError(errno.ETIMEDOUT, "it does not answer", self.name)
-            yield
-        finally:
-            self._going_on.set()
-            self._going_on = None
+        """Within it, nothing is asked but through ``besides``. One waits for the other. Raises
+        OSError where what is being asked takes too long."""
+        async with self._alone:
+            self._going_on = asyncio.Event()
+            try:
+                if self._calls and (await asyncio.wait(self._calls, timeout=ALONE_S))[1]:
+                    raise OSError(errno.ETIMEDOUT, "it does not answer", self.name)
+                yield
+            finally:
+                self._going_on.set()
+                self._going_on = None
 
     @property
     def besides(self) -> Besides:
@@ -142,8 +144,13 @@ class TempExport(TempRemote):
         return held
 
     async def _hang_up(self) -> None:
-        if self._calls and self._client.is_connected:
-            await asyncio.wait(self._calls, timeout=CLOSE_S)
+        if self._client.is_connected:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_S):
+                    async with self._alone:  # what was there is put back
+                        pass
+            if self._calls:
+                await asyncio.wait(self._calls, timeout=CLOSE_S)
         if self.is_ours and self._client.is_connected and not self.is_lost:
             await self._wipe_at_end()
         await super()._hang_up()
@@ -163,7 +170,11 @@ class TempExport(TempRemote):
 
 
 async def _after(event: asyncio.Event, call: Coroutine[Any, Any, Result]) -> Result:
-    await event.wait()
+    try:
+        await event.wait()
+    except BaseException:
+        call.close()
+        raise
     return await call
 
 

@@ -172,25 +172,86 @@ async def test_a_server_that_hangs_holds_up_no_other(tmp_path: Path) -> None:
         live = await _make(fine.uri)
 
         async def hang(connection: Connection, request: Request) -> None:
-            if request.kind == WRITE:
+            if any(request.kind == WRITE for request in fine.requests):  # a mark is looked for
                 await asyncio.Event().wait()
             await hung.usual(connection, request)
 
         hung.answer = hang
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(same_storage, "MARK_S", 0.2)
-            patch.setattr(same_storage, "RESTORE_S", 0.2)
             making = asyncio.ensure_future(_make(hung.uri))
-            while not any(request.kind == WRITE for request in hung.requests):
-                await hung.change()
+            while not any(request.kind == WRITE for request in fine.requests):
+                await fine.change()
             loop = asyncio.get_running_loop()
             started = loop.time()
             await live.pwrite(0, b"x" * 4096)
             assert loop.time() - started < 2
-            with pytest.raises(OSError, match="may hold a mark"):
+            with pytest.raises(OSError, match="does not answer"):
                 await making
+        assert bytes(fine.disk).strip(b"\0") == b"x" * 4096
         live.close()
         await live.wait_closed()
+
+
+async def test_one_that_cannot_be_looked_at_alone_goes_on(tmp_path: Path) -> None:
+    """What is asked of it meanwhile is asked after its mark is gone, however late that is."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    async with _server(tmp_path / "a") as fine, _server(tmp_path / "b") as slow:
+        live = await _make(slow.uri)
+        goes_on = asyncio.Event()
+
+        async def wait(connection: Connection, request: Request) -> None:
+            if request.kind == WRITE:
+                await goes_on.wait()
+            await slow.usual(connection, request)
+
+        slow.answer = wait
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(same_storage, "ANSWER_S", 0.2)
+            with pytest.raises(OSError, match="does not answer"):
+                await _make(fine.uri)
+        reading = asyncio.ensure_future(live.pread(0, SIZE))
+        await asyncio.sleep(0.05)
+        assert not reading.done()
+        goes_on.set()
+        assert await reading == bytes(SIZE)
+        live.close()
+        await live.wait_closed()
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+async def test_what_a_guest_writes_beside_a_mark_stays(tmp_path: Path, is_lost: bool) -> None:
+    """The temp image would be in the place of the guest's own, empty disk."""
+    async with _server(tmp_path) as server:
+        disk = Disk("vda", await open_remote(server.uri))
+        writing: list[asyncio.Task[None]] = []
+        written: list[bytes] = []
+
+        async def write_there(connection: Connection, request: Request) -> None:
+            if request.kind != WRITE or writing:
+                await server.usual(connection, request)
+                return
+            data = b"g" * request.length
+            writing.append(asyncio.ensure_future(disk.write(request.offset, data)))
+            await asyncio.sleep(0.05)
+            assert not writing[0].done()
+            written.append(bytes(server.disk))
+            if is_lost:
+                server.disk[request.offset : request.offset + request.length] = request.data
+                connection.drop()
+            else:
+                await server.usual(connection, request)
+
+        server.answer = write_there
+        place = TempPlace(server.uri.replace("///disk?", "///other?"), overwrite=True)
+        with pytest.raises(OSError, match="connection is lost" if is_lost else "disk vda, what"):
+            await make_export(place, "n", disk, 4096, lambda: [disk])
+        await writing[0]
+        assert bytes(server.disk).strip(b"\0") == b"g" * 4096
+        assert written == [bytes(SIZE)]
+        disk.device.close()
+        await disk.device.wait_closed()
 
 
 async def test_a_disk_that_is_a_temp_image_is_not_added(tmp_path: Path) -> None:
