@@ -199,6 +199,7 @@ async def _punch_released(state: FleeceState) -> None:
         try:
             await _punch(state, batch)
         except OSError as error:
+            # Whatever was punched before that is charged still, as is all that was not.
             logger.error("%s: temp space could not be freed: %s", state.name, error.strerror)
             return
         for first, end in batch:

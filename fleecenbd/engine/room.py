@@ -93,6 +93,7 @@ class Room:
         self.during = 0
         """Clusters charged since the last look began; counted up by ``charge``."""
         self._looking: asyncio.Task[None] | None = None
+        self._looks_again = False
 
     @property
     def is_asked(self) -> bool:
@@ -113,8 +114,12 @@ class Room:
 
     def punched(self) -> None:
         """Some was freed: how much is asked at once where guests are delayed for want of it."""
-        if self._target is not None and self._looking is None and self.delay_s() > 0:
+        if self._target is None or self.delay_s() <= 0:
+            return
+        if self._looking is None:
             self._begin_look(self._target)
+        else:
+            self._looks_again = True  # it may be answered as of before
 
     async def look(self) -> None:
         """Ask the file system; one question at a time. A failure changes nothing."""
@@ -140,7 +145,10 @@ class Room:
             return
         finally:
             self._looking = None
+            again, self._looks_again = self._looks_again, False
         self.told(*told)
+        if again:
+            self.punched()
 
     def told(self, free: int, total: int) -> None:
         """The file system's answer, in bytes; a ``total`` of 0 is none."""

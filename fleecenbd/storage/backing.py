@@ -6,16 +6,16 @@ export lets others write to the disk, so that it does not mind who writes to the
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import os
+import threading
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from typing import Any
 
 from fleecenbd.storage.locks import LockMode, lock_image
 from fleecenbd.storage.opening import open_image
+from fleecenbd.storage.pool import ThreadPool
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ class Backing:
 
     def __init__(self) -> None:
         self._descriptors: list[int] = []
+        self._closing = threading.Lock()
+        self._is_closed = False
 
     async def lock(self, name: str, nodes: Iterable[Mapping[str, Any]]) -> None:
         """Those of QMP's ``query-named-block-nodes`` that are only read; of an image that is only
@@ -38,21 +40,18 @@ class Backing:
         paths = sorted(
             {str(node["file"]) for node in nodes if node["drv"] in _LOCAL and node["ro"]}
         )
-        locking = asyncio.ensure_future(asyncio.to_thread(self._lock_all, name, paths))
-        try:
-            await asyncio.shield(locking)
-        except asyncio.CancelledError:
-            while not locking.done():  # for ``close``, however often it is cancelled
-                with suppress(asyncio.CancelledError):
-                    await asyncio.wait({locking})
-            raise
+        # Threads of its own: a hung file system keeps neither others nor the process's end waiting.
+        pool = ThreadPool(name, "backing", size_max=1)
+        locking = pool.run(self._lock_all, name, paths)
+        pool.close()
+        await locking
 
     def _lock_all(self, name: str, paths: Iterable[str]) -> None:
         for path in paths:
+            if self._is_closed:
+                return
             try:
-                descriptor = open_image(path, read_only=True)
-                self._descriptors.append(descriptor)
-                lock_image(descriptor, path, LockMode.SHARED)
+                self._lock(path)
             except OSError as error:
                 if error.errno == errno.EBUSY:
                     use = str(error.strerror).removeprefix("the image ")
@@ -61,7 +60,22 @@ class Backing:
                     "%s builds on %s, which is not locked: %s", name, path, error.strerror
                 )
 
+    def _lock(self, path: str) -> None:
+        descriptor = open_image(path, read_only=True)
+        try:
+            lock_image(descriptor, path, LockMode.SHARED)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        with self._closing:
+            if not self._is_closed:
+                self._descriptors.append(descriptor)
+                return
+        os.close(descriptor)
+
     def close(self) -> None:
-        """Others may write to them."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+        """Others may write to them. What is being locked is let go of when that has ended."""
+        with self._closing:
+            self._is_closed = True
+            while self._descriptors:
+                os.close(self._descriptors.pop())

@@ -12,6 +12,7 @@ import asyncio
 import errno
 import logging
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -273,7 +274,8 @@ class FileStore:
             await self._makers.run(file.sync)
         description = self._describe(is_clean=True)
         for folder in folders - {self.directory.files}:
-            await self._makers.run(sync_folder, folder)
+            with suppress(FileNotFoundError):  # the next start tells whose temp image is gone
+                await self._files.pool_of(str(folder)).run(sync_folder, folder)
         await self._makers.run(self.directory.sync_files)
         digest = await self._files.write(description, durable=True)
         await self._files.writer.run(self.directory.mark, digest)

@@ -298,24 +298,35 @@ async def test_a_release_elsewhere_makes_delays_shorter_and_ends_them() -> None:
     assert await write == pytest.approx(0.03)
 
 
-@simulated
-async def test_a_release_shortens_delays_where_the_reserve_is_the_limit() -> None:
-    scene = Scene(40)
-    fleece, temp = await _arm(scene, 20, on_cbw_error=THROTTLE)
-    for cluster in range(20):
-        fleece.state.charge(cluster, cluster + 1)
-        fleece.copy.bits[cluster] = 0
-        fleece.done.bits[cluster] = 1
-    temp.free = 0
-    await fleece.state.room.look()
-    assert fleece.state.room.delay_s() == room.THROTTLE_MAX_S
-    waiting = asyncio.ensure_future(_took(scene.write(30)))
-    await settle()
-    temp.free = 15
-    await trim(fleece, 0, 15)
-    await settle()
-    assert await waiting < 0.01
-    assert fleece.broken is None
+@pytest.mark.parametrize("during", [False, True], ids=["after a look", "during one"])
+def test_a_release_shortens_delays_where_the_reserve_is_the_limit(during: bool) -> None:
+    @simulated
+    async def run() -> None:
+        scene = Scene(40)
+        fleece, temp = await _arm(scene, 20, on_cbw_error=THROTTLE)
+        for cluster in range(20):
+            fleece.state.charge(cluster, cluster + 1)
+            fleece.copy.bits[cluster] = 0
+            fleece.done.bits[cluster] = 1
+        temp.free = 0
+        await fleece.state.room.look()
+        assert fleece.state.room.delay_s() == room.THROTTLE_MAX_S
+        waiting = asyncio.ensure_future(_took(scene.write(30)))
+        await settle()
+        if during:  # it is answered as of before
+            temp.answers.clear()
+            looking = asyncio.ensure_future(fleece.state.room.look())
+            await settle()
+        temp.free = 15
+        await trim(fleece, 0, 15)
+        temp.answers.set()
+        await settle()
+        assert await waiting < 0.01
+        assert fleece.broken is None
+        if during:
+            await looking
+
+    run()
 
 
 @pytest.mark.parametrize("end", ["finish", "break"])
