@@ -152,10 +152,13 @@ async def _is_disk(export: TempExport, disk: Disk) -> bool:
 
 
 @asynccontextmanager
-async def _held(export: TempExport, disk: Disk) -> AsyncIterator[None]:
-    """Within it no guest writes. Raises OSError where writes in flight take too long."""
+async def _held(export: TempExport, disk: Disk, but: bytes) -> AsyncIterator[None]:
+    """Within it no guest writes. Raises OSError where writes in flight take too long.
+
+    ``but``: it may, where the export leads to the very export of the disk that a guest has.
+    """
     async with export.alone():
-        disk.hold()
+        disk.hold(let_in=but)
         try:
             if not await disk.wait_idle(asyncio.get_running_loop().time() + HOLD_S):
                 raise OSError(

@@ -78,6 +78,8 @@ class Writable(Readable, Protocol):
 
 Alone: TypeAlias = Callable[[], AbstractAsyncContextManager[None]]
 """To a context in which others are kept from a device."""
+AloneBut: TypeAlias = Callable[[bytes], AbstractAsyncContextManager[None]]
+"""The same, but this may be written by anybody: the mark may come by way of a guest's export."""
 
 
 async def is_temp(new: Readable, temp: Writable, alone: Alone, lose: Callable[[str], None]) -> bool:
@@ -110,7 +112,7 @@ async def _mark_temp(
                 raise
 
 
-async def is_disk(new: Writable, disk: Writable, alone: Alone) -> bool:
+async def is_disk(new: Writable, disk: Writable, alone: AloneBut) -> bool:
     """Whether what is written to ``new``, which nobody uses, is seen in a disk.
 
     ``alone``: nobody writes to the disk, nor uses ``new``. Raises OSError; ETIMEDOUT where one of
@@ -122,9 +124,9 @@ async def is_disk(new: Writable, disk: Writable, alone: Alone) -> bool:
     return await _told(_mark_disk(new, disk, place, alone), new.name)
 
 
-async def _mark_disk(new: Writable, disk: Writable, place: int, alone: Alone) -> bool:
+async def _mark_disk(new: Writable, disk: Writable, place: int, alone: AloneBut) -> bool:
     mark = os.urandom(LOOK)
-    async with alone():
+    async with alone(mark):
         async with _answering(new.name):
             before = await new.pread(place, LOOK)
         marking = asyncio.ensure_future(new.pwrite(place, mark))
@@ -149,13 +151,13 @@ async def _undo_late(
     mark: bytes,
     before: Buffer,
     marking: asyncio.Future[None],
-    alone: Alone,
+    alone: AloneBut,
 ) -> None:
     """Once the mark has its answer, or never will."""
     await asyncio.wait({marking})
     _retrieve(marking)
     try:
-        async with alone():
+        async with alone(mark):
             if await _has(disk, place, mark):
                 await _put_back(_writable(new, disk), place, before)
             else:

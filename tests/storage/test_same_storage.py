@@ -39,7 +39,7 @@ async def _beside_temp(new: MemoryDevice, temp: MemoryDevice) -> bool:
 
 
 async def _beside_disk(new: MemoryDevice, disk: MemoryDevice) -> bool:
-    return await is_disk(new, disk, _alone)
+    return await is_disk(new, disk, lambda _mark: _alone())
 
 
 IsSame: TypeAlias = Callable[[MemoryDevice, MemoryDevice], Awaitable[bool]]
@@ -243,7 +243,7 @@ async def test_a_mark_in_a_disk_is_removed_by_its_own_way(
     held: list[int] = []
 
     @asynccontextmanager
-    async def hold() -> AsyncIterator[None]:
+    async def hold(_mark: bytes) -> AsyncIterator[None]:
         held.append(1)
         try:
             yield
