@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from enum import Enum
 
@@ -16,6 +17,11 @@ LOCAL_TYPES = frozenset({"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "o
 
 MEMORY_TYPES = frozenset({"ramfs", "tmpfs"})
 """File systems that have nothing to wait for; they refuse RWF_NOWAIT, and need none."""
+
+
+BTRFS_TRIED = (6, 18)
+"""The earliest Linux with which a full btrfs was seen to take stores into a mapped file that it
+overwrites in its place. Earlier ones are said to refuse them."""
 
 
 class Medium(Enum):
@@ -53,6 +59,13 @@ def reads_nowait(descriptor: int) -> bool:
             return False
         raise
     return True
+
+
+def stores_may_fail(kind: str) -> bool:
+    """Whether a store into a mapped file that is allocated in full may find no space on such a
+    file system, and end the process (SIGBUS)."""
+    version = tuple(int(part) for part in re.findall(r"[0-9]+", os.uname().release)[:2])
+    return kind == "btrfs" and version < BTRFS_TRIED
 
 
 def type_of(descriptor: int) -> str:

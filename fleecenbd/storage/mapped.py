@@ -10,7 +10,8 @@ any of them; who needs more calls ``sync``.
     4096   the areas, each from a page's start on
 
 The file is allocated in full before it is mapped: a store into a hole of a full file system is
-SIGBUS. It is written, too, so that a store meets mapped blocks that need no journal.
+SIGBUS. It is written, too, so that a store meets mapped blocks that need no journal. btrfs, which
+would take new blocks for a page that was written back, is asked to overwrite it in its place.
 
 Buffers that live in the map (a bitarray, a memoryview) keep it alive: ``close`` unmaps at once
 where none is left, else the map goes with the last of them.
@@ -29,6 +30,7 @@ from contextlib import suppress
 
 from fleecenbd.storage import system_calls
 from fleecenbd.storage.errors import named_error
+from fleecenbd.storage.filesystem import type_of
 
 MAGIC = b"fleecenB"
 VERSION = 1
@@ -80,6 +82,9 @@ class MappedFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(name, flags, 0o600)
         try:
+            if type_of(descriptor) == "btrfs":
+                with suppress(OSError):
+                    system_calls.overwrite_in_place(descriptor)
             try:
                 os.posix_fallocate(descriptor, 0, end)
             except OSError as error:

@@ -24,6 +24,10 @@ FALLOC_FL_ZERO_RANGE = 0x10
 _BLKSSZGET = 0x1268
 _BLKDISCARD = 0x1277
 _FICLONERANGE = 0x4020940D
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IOC_SETFLAGS = 0x40086602
+_FS_NOCOW_FL = 0x00800000
+_LONG = struct.calcsize("L")
 
 # From asm-generic/unistd.h: the same number on every machine.
 _NR_CACHESTAT = 451
@@ -45,6 +49,13 @@ _fallocate.restype = ctypes.c_int
 _statx = getattr(_libc, "statx", None)  # glibc 2.28
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
+
+
+def overwrite_in_place(descriptor: int) -> None:
+    """Ask a file system that writes elsewhere (btrfs) to write this file, which must be empty, in
+    its place. Raises OSError where it does not."""
+    (flags,) = struct.unpack("L", fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, bytes(_LONG)))
+    fcntl.ioctl(descriptor, _FS_IOC_SETFLAGS, struct.pack("L", flags | _FS_NOCOW_FL))
 
 
 def read_all(descriptor: int, offset: int, length: int, name: str) -> bytes:

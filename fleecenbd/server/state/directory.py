@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleecenbd.server.state.elsewhere import Elsewhere
+from fleecenbd.storage.filesystem import stores_may_fail, type_of
 from fleecenbd.storage.locks import LockMode, lock_image
 from fleecenbd.storage.mapped import lock_file
 
@@ -81,6 +82,12 @@ class StateDirectory:
         except OSError as error:
             os.close(lock)
             raise OSError(error.errno, error.strerror, str(lock_path)) from None
+        if stores_may_fail(type_of(lock)):
+            logger.warning(
+                "%s is on btrfs: when that is full, this version of Linux may end the server where "
+                "it marks a bit there; keep space free, or give another --state-dir",
+                path,
+            )
         return cls(path, lock)
 
     def close(self) -> None:
