@@ -103,6 +103,11 @@ async def _serve(
 ) -> int:
     if not await _unless_asked(stopping, _open_others(server, records, options)):
         return 0
+    if options.session is not None and options.temp.directory is not None:
+        from fleecenbd.cli.temp_directory import check_there
+
+        if not await _unless_asked(stopping, check_there(options.temp.directory, options.session)):
+            return 0
     endpoints = handed.endpoints or []
     if options.addresses is not None:
         endpoints = open_endpoints(options.addresses, files)

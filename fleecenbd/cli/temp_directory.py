@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from fleecenbd.cli.errors import CommandError
 from fleecenbd.cli.places import make_private_directory
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server.temp_making import make_export, make_qcow2
@@ -126,21 +127,32 @@ async def look_for(directory: str) -> None:
 
     That is no reason not to serve guests: it may be mounted later.
     """
+    if (why := await _why_not_there(directory)) is not None:
+        logger.warning("--temp-dir %s: %s; no session can begin there", directory, why)
+
+
+async def check_there(directory: str, session: str) -> None:
+    """For --begin, before anything of the last server's is taken up: its session may have its temp
+    image there, and would be lost for a folder that is mounted a moment later. Raises
+    CommandError."""
+    if (why := await _why_not_there(directory)) is not None:
+        raise CommandError(
+            f"cannot begin session {session}: --temp-dir {directory}: {why}; nothing was changed: "
+            "start again when it is there, or without --begin to serve guests only (the last "
+            "server's sessions that have a temp image there are broken then)"
+        )
+
+
+async def _why_not_there(directory: str) -> str | None:
     pool = ThreadPool(directory, "folder for temp images", size_max=1)
     try:
         async with asyncio.timeout(LOOK_S):
             is_there = await pool.run(os.path.isdir, directory)
     except TimeoutError:
-        logger.warning(
-            "--temp-dir %s does not answer; no session can begin until it does", directory
-        )
-        return
+        return "it does not answer"
     finally:
         pool.close()
-    if not is_there:
-        logger.warning(
-            "--temp-dir %s: there is no such folder; no session can begin until there is", directory
-        )
+    return None if is_there else "there is no such folder"
 
 
 def _close_made(making: asyncio.Future[Device]) -> None:

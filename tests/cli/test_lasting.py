@@ -206,6 +206,33 @@ def test_a_broken_session_is_begun_anew(tmp_path: Path, image: Path) -> None:
         assert "session n is begun anew" in server.messages()
 
 
+@pytest.mark.parametrize("way", ["stop", "kill"])
+def test_a_folder_of_temp_images_that_is_not_there_yet_costs_no_session(
+    tmp_path: Path, image: Path, way: str, fails: Fails
+) -> None:
+    """With --begin the server waits for it, in the way that a supervisor starts it again."""
+    temps, away = tmp_path / "temps", tmp_path / "away"
+    temps.mkdir()
+    words = (image, "--begin", "n", "--temp-dir", temps)
+    with serving(tmp_path, *words) as server:
+        with connected(server.uri("vm")) as guest:
+            guest.pwrite(b"new!" * 1024, 0)
+            guest.flush()
+        if way == "kill":
+            server.kill()
+    temps.rename(away)
+    command = (*words, "-U", tmp_path / "f.sock", "--state-dir", tmp_path / "state")
+    told = fails("serve", *command)
+    assert f"--temp-dir {temps}: there is no such folder; nothing was changed" in told
+    away.rename(temps)
+    with (
+        serving(tmp_path, *words) as server,
+        connected(server.uri("vm@n")) as backup,
+    ):
+        assert "session n is not begun anew: it goes on" in server.messages()
+        assert backup.pread(MIB, 0) == OLD
+
+
 def test_a_state_directory_of_a_newer_version_is_refused_and_left_alone(
     tmp_path: Path, image: Path, fails: Fails
 ) -> None:

@@ -41,7 +41,7 @@ async def test_one_that_hangs_is_told(
     monkeypatch.setattr(os.path, "isdir", lambda _: goes_on.wait())
     (told,) = await _told(tmp_path, caplog)
     goes_on.set()
-    assert told.startswith(f"--temp-dir {tmp_path} does not answer")
+    assert told.startswith(f"--temp-dir {tmp_path}: it does not answer")
 
 
 def test_a_server_serves_its_guests_without_it(tmp_path: Path) -> None:

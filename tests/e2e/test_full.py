@@ -232,18 +232,20 @@ def test_a_file_system_that_somebody_fills_under_the_bitmaps_costs_no_guest(
     tmp_path: Path, image: Path, kind: str
 ) -> None:
     """Bits are stores into mapped files: one that finds no space would be the server's end."""
-    with mounted(kind, tmp_path, "state") as folder:
-        with serving(tmp_path, image, "--temp-reserve", "none") as server:
-            control = _control(server)
-            control.call("PUT", "disks/vda/bitmaps/c", granularity=4 * KIB)
-            control.call("PUT", "sessions/n", cluster_size=4 * KIB)
-            assert _overwrite(server, MIB) == 0
-            run("sync", "-f", folder)
-            fill(folder)
-            run("sync", "-f", folder)
-            assert _overwrite(server) == 0
-            _is_overwritten(image)
-            assert control.call("GET", "disks/vda/bitmaps/c")["state"] == "good"
+    with (
+        mounted(kind, tmp_path, "state") as folder,
+        serving(tmp_path, image, "--temp-reserve", "none") as server,
+    ):
+        control = _control(server)
+        control.call("PUT", "disks/vda/bitmaps/c", granularity=4 * KIB)
+        control.call("PUT", "sessions/n", cluster_size=4 * KIB)
+        assert _overwrite(server, MIB) == 0
+        run("sync", "-f", folder)
+        fill(folder)
+        run("sync", "-f", folder)
+        assert _overwrite(server) == 0
+        _is_overwritten(image)
+        assert control.call("GET", "disks/vda/bitmaps/c")["state"] == "good"
 
 
 # -- quotas, and devices that fail -----------------------------------------------------------------
