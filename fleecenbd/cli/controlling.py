@@ -79,6 +79,8 @@ class ServerPlaces:
             served = [parse_disk(f"{disk.name}={disk.device.name}") for disk in disks]
             spec = self._options.disk_options.of(parse_disk(f"{name}={image}"))
             await self._pool.run(check_all_different, [*served, spec])
+            if spec.kind == "nbd":
+                await self._pool.run(self._check_elsewhere, spec)
             if spec.kind == "raw":
                 disk = await self._pool.run(self._open, spec)
             else:
@@ -95,6 +97,12 @@ class ServerPlaces:
             disk.device.close()
             raise
         return disk
+
+    def _check_elsewhere(self, spec: DiskSpec) -> None:
+        from fleecenbd.storage.nbd_places import leads_to_socket
+
+        if leads_to_socket(spec.path, [endpoint.socket for endpoint in self._endpoints]):
+            raise CommandError(f"cannot open disk {spec.name}: {spec.path} is this very server")
 
     def _open(self, spec: DiskSpec) -> Disk:
         options = self._options

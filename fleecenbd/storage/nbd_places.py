@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 from urllib.parse import parse_qs, unquote, urlsplit
 
+_ALL = ("0.0.0.0", "::")
 PORT = 10809
 """NBD's."""
 
@@ -42,6 +44,35 @@ def leads_to_same(one: str, other: str) -> bool:
     if named_server(one) == named_server(other):
         return True
     return not _servers(one).isdisjoint(_servers(other))
+
+
+def leads_to_socket(uri: str, listening: Iterable[socket.socket]) -> bool:
+    """Whether a URI leads to one of these sockets of ours, whatever export it names. Blocks, as
+    ``leads_to_same``."""
+    servers = _servers(uri)
+    for sock in listening:
+        address = sock.getsockname()
+        if sock.family == socket.AF_UNIX:
+            path = os.fsdecode(address)
+            if not path.startswith("\0") and (os.path.realpath(path),) in servers:
+                return True
+            continue
+        host, port = address[:2]
+        hosts = [place[0] for place in servers if len(place) == 2 and place[1] == port]
+        if host in hosts or (host in _ALL and any(map(_is_local, hosts))):
+            return True
+    return False
+
+
+def _is_local(address: str) -> bool:
+    """Whether it is an address of this machine: what can be bound to is."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.bind((address, 0))
+        except OSError:
+            return False
+        return True
 
 
 def _export(uri: str) -> str:

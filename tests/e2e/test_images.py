@@ -378,6 +378,8 @@ def test_disks_of_every_kind_can_be_added_to_a_server_and_removed(tmp_path: Path
         again = try_run(FLEECENBD, "disk", "add", f"r2={backend.uri}", *control)
         assert again.returncode == 1
         assert "r and r2 are the same image" in again.stderr
+        own = try_run(FLEECENBD, "disk", "add", f"o={server.uri('a')}", *control)
+        assert (own.returncode, "is this very server" in own.stderr) == (1, True)
         (child,) = children_of(server)
         run(FLEECENBD, "disk", "remove", "q", *control)
         wait_for_end(child)

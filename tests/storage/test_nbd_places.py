@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fleecenbd.storage.nbd_places import leads_to_same, named_server
+from fleecenbd.storage.nbd_places import leads_to_same, leads_to_socket, named_server
 
 ADDRESSES = {"store": ["10.0.0.7", "fd00::7"], "seven": ["10.0.0.7"], "eight": ["10.0.0.8"]}
 
@@ -58,3 +58,30 @@ def test_a_link_to_a_socket_leads_to_it(tmp_path: Path) -> None:
 def test_a_path_is_no_server() -> None:
     assert named_server("/disks/vm.raw") == ("/disks/vm.raw",)
     assert named_server("nbd://host") != named_server("vm.raw")
+
+
+@pytest.mark.parametrize(
+    ("bound", "named", "ours"),
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("127.0.0.1", "127.0.0.2", False),
+        ("0.0.0.0", "127.0.0.2", True),
+        ("0.0.0.0", "10.0.0.7", False),
+    ],
+)
+def test_our_own_ports_are_known(bound: str, named: str, ours: bool) -> None:
+    with socket.create_server((bound, 0)) as sock:
+        port = sock.getsockname()[1]
+        assert leads_to_socket(f"nbd://{named}:{port}/any", [sock]) is ours
+        assert not leads_to_socket(f"nbd://{named}:{port + 1}/any", [sock])
+
+
+def test_our_own_unix_sockets_are_known(tmp_path: Path) -> None:
+    path, link = tmp_path / "s.sock", tmp_path / "link"
+    link.symlink_to(path)
+    with socket.socket(socket.AF_UNIX) as sock, socket.socket(socket.AF_UNIX) as unnamed:
+        sock.bind(str(path))
+        assert leads_to_socket(f"nbd+unix:///any?socket={path}", [unnamed, sock])
+        assert leads_to_socket(f"nbd+unix:///any?socket={link}", [sock])
+        assert not leads_to_socket(f"nbd+unix:///any?socket={tmp_path}/other", [sock])
+        assert not leads_to_socket("nbd://127.0.0.1/any", [sock])
