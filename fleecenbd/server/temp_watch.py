@@ -73,7 +73,9 @@ class TempWatch:
         used, limit = fleece.stats.temp_clusters << state.shift, clusters << state.shift
         about = {"session": session, "disk": fleece.disk.name, "used": used, "limit": limit}
         hits, before = fleece.stats.limit_hits, self._hits.get(fleece, 0)
-        if hits > before:
+        # Without a hit: what is held was more than a new limit, say.
+        is_full = hits > before or (not state.dead and 0 < limit <= used)
+        if is_full:
             self._hits[fleece] = hits
             self._low[fleece] = True
             self._tell_full(fleece, about)
@@ -90,7 +92,7 @@ class TempWatch:
             self._server.events.tell(TEMP_LOW, **about)
         elif used < ENOUGH * limit:
             self._low[fleece] = False
-        if hits == before and used < NOT_FULL * limit:
+        if not is_full and used < NOT_FULL * limit:
             self._full[fleece] = False
         if state.throttles and not state.dead:
             self._look_at_delay(fleece, about)

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 from fleecenbd.storage.locks import LockMode, lock_image
 from fleecenbd.storage.opening import open_image
@@ -23,13 +24,35 @@ _LOCAL = ("file", "host_device")
 """QEMU's drivers of what has a path."""
 
 
+_all: WeakSet[Backing] = WeakSet()
+_changing = threading.Lock()
+"""Held while a Backing's files are changed, or looked at."""
+
+
+def who_builds_on(path: str) -> str | None:
+    """The name of an image of ours that builds on a file. Blocks."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    with _changing:
+        for backing in _all:
+            if (found.st_dev, found.st_ino) in backing.files.values():
+                return backing.name
+    return None
+
+
 class Backing:
     """Files that are read and must not change; locked as ``LockMode.SHARED`` until ``close``."""
 
     def __init__(self) -> None:
-        self._descriptors: list[int] = []
-        self._closing = threading.Lock()
+        self.name = ""
+        """Of the image that builds on them."""
+        self.files: dict[int, tuple[int, int]] = {}
+        """Descriptors, to device and inode."""
         self._is_closed = False
+        with _changing:
+            _all.add(self)
 
     async def lock(self, name: str, nodes: Iterable[Mapping[str, Any]]) -> None:
         """Those of QMP's ``query-named-block-nodes`` that are only read; of an image that is only
@@ -40,6 +63,7 @@ class Backing:
         paths = sorted(
             {str(node["file"]) for node in nodes if node["drv"] in _LOCAL and node["ro"]}
         )
+        self.name = name
         # Threads of its own: a hung file system keeps neither others nor the process's end waiting.
         pool = ThreadPool(name, "backing", size_max=1)
         locking = pool.run(self._lock_all, name, paths)
@@ -64,18 +88,19 @@ class Backing:
         descriptor = open_image(path, read_only=True)
         try:
             lock_image(descriptor, path, LockMode.SHARED)
+            found = os.fstat(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
-        with self._closing:
+        with _changing:
             if not self._is_closed:
-                self._descriptors.append(descriptor)
+                self.files[descriptor] = found.st_dev, found.st_ino
                 return
         os.close(descriptor)
 
     def close(self) -> None:
         """Others may write to them. What is being locked is let go of when that has ended."""
-        with self._closing:
+        with _changing:
             self._is_closed = True
-            while self._descriptors:
-                os.close(self._descriptors.pop())
+            while self.files:
+                os.close(self.files.popitem()[0])

@@ -110,7 +110,7 @@ def _in_use(descriptor: int, name: str, cause: str) -> OSError:
         text = (
             f"the image is in use by this very process (pid {os.getpid()}), as a disk or below one"
         )
-        return OSError(errno.EBUSY, f"{text}; give it once, or --force-share", name)
+        return OSError(errno.EBUSY, f"{text}; give it once", name)
     by = f" by {', '.join(users)}" if users else ""
     return OSError(
         errno.EBUSY,

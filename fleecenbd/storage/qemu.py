@@ -28,7 +28,7 @@ from urllib.parse import quote
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
-from fleecenbd.storage.backing import Backing
+from fleecenbd.storage.backing import Backing, who_builds_on
 from fleecenbd.storage.children import start_child
 from fleecenbd.storage.losing import Losing
 from fleecenbd.storage.nbd_client import NbdClient
@@ -331,6 +331,12 @@ async def serve_node(
     return child, client
 
 
+def _who_builds_on(block_device: Mapping[str, object]) -> str | None:
+    """Of an image that is given by its file: QEMU has just looked at it."""
+    file = block_device.get("file")
+    return who_builds_on(str(file["filename"])) if isinstance(file, Mapping) else None
+
+
 async def _add(child: QemuChild, block_device: Mapping[str, object]) -> None:
     loop = asyncio.get_running_loop()
     end = loop.time() + LOCK_WAIT_S
@@ -342,6 +348,10 @@ async def _add(child: QemuChild, block_device: Mapping[str, object]) -> None:
         except OSError as error:
             if error.errno != errno.EBUSY or loop.time() > end:
                 raise
+            if not is_told and (other := _who_builds_on(block_device)) is not None:
+                raise OSError(
+                    errno.EBUSY, f"{other} builds on it, and is open here", child.name
+                ) from None
         if not is_told:
             is_told = True
             logger.info("%s is in use; waiting for %g s at most", child.name, LOCK_WAIT_S)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -83,13 +84,27 @@ def test_a_container_that_is_meant_is_served(fails: Fails, image: Path) -> None:
     assert "missing/f.sock" in fails("serve", "raw:vm.raw", "-U", "missing/f.sock")
 
 
+LOCKS = """
+import sys
+from fleecenbd.storage.locks import LockMode, lock_image
+with open(sys.argv[1], "r+b") as image:
+    lock_image(image.fileno(), "vm.raw", LockMode.EXCLUSIVE)
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_an_image_that_another_program_has_locked_is_refused(fails: Fails, image: Path) -> None:
-    with image.open("r+b") as other:
-        lock_image(other.fileno(), "vm.raw", LockMode.EXCLUSIVE)
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCKS, image], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"\n"
         line = fails("serve", image)
-        assert "vm.raw: the image is in use" in line
+        assert re.search(rf"vm.raw: the image is in use by \S+ \(pid {other.pid}\)", line)
         assert "--force-share" in line
         assert "missing/f.sock" in fails("serve", image, "--force-share", "-U", "missing/f.sock")
+        other.communicate()
     assert "missing/f.sock" in fails("serve", image, "-U", "missing/f.sock")
 
 

@@ -44,6 +44,21 @@ async def test_low_and_full_are_told_once_each() -> None:
         assert _told(events)[1:] == [("temp-full", 10 * CLUSTER)]
 
 
+async def test_a_limit_below_what_is_held_is_full_at_once() -> None:
+    async with controlled() as control:
+        await control.served.client("vda")
+        await control.put("sessions/n", {"temp_limit": LIMIT})
+        events = control.served.server.events.listen()
+        watch = TempWatch(control.served.server)
+        await _fill(control, 0, 5)
+        await control.call("PATCH", "sessions/n", {"temp_limit": 2 * CLUSTER})
+        watch.look()
+        await _fill(control, 5, 6)  # breaks it
+        watch.look()
+        assert _told(events)[0] == ("temp-full", 5 * CLUSTER)
+        assert [kind for kind, _ in _told(events)].count("temp-low") == 0
+
+
 async def test_low_is_told_again_after_a_release() -> None:
     async with controlled() as control:
         await control.served.client("vda")

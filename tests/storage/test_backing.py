@@ -7,11 +7,13 @@ import errno
 import logging
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from fleecenbd.storage import backing as backing_module
+from fleecenbd.storage import qemu
 from fleecenbd.storage.backing import Backing
 from fleecenbd.storage.file import FileDevice
 from fleecenbd.storage.qemu import open_qcow2
@@ -67,6 +69,24 @@ async def test_nobody_writes_to_what_an_open_image_builds_on(
     assert _writes(middle, "qcow2") == ""
     assert _writes(raw, "raw") == ""
     assert descriptors_of(raw.parent) == []
+
+
+async def test_what_another_image_here_builds_on_is_told_at_once(
+    chain: tuple[Path, Path, Path],
+) -> None:
+    """Not after a wait, nor as another process that is to be ended: that would be our own."""
+    _, middle, top = chain
+    device = await open_qcow2(str(top))
+    started = time.monotonic()
+    with no_new_descriptor(), pytest.raises(OSError, match=rf"qcow2:{top} builds on it") as caught:
+        await open_qcow2(str(middle))
+    assert caught.value.errno == errno.EBUSY
+    assert time.monotonic() - started < qemu.LOCK_WAIT_S / 2
+    device.close()
+    await device.wait_closed()
+    device = await open_qcow2(str(middle))
+    device.close()
+    await device.wait_closed()
 
 
 async def test_what_somebody_may_write_to_is_not_built_on(chain: tuple[Path, Path, Path]) -> None:
