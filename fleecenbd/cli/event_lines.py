@@ -45,6 +45,14 @@ def _temp_throttled(event: Event) -> str:
     return f"{_temp(event)}; guest writes that copy wait {tables.duration(event['delay'])}"
 
 
+def _disk_resized(event: Event) -> str:
+    if event["image_size"] == event["size"]:
+        return f"{event['disk']}: its image has {event['size']} bytes again, as it is served"
+    return (
+        f"{event['disk']}: served as {event['size']} bytes, its image has {event['image_size']} now"
+    )
+
+
 def _job_ended(event: Event) -> str:
     text = f"{_JOB.format_map(event)}: {event['state']}"
     return text if event["error"] in (None, event["state"]) else f"{text}: {event['error']}"
@@ -58,7 +66,7 @@ _TEXTS: Mapping[str, str | Callable[[Event], str]] = {
     events.CLIENT_WENT: _CLIENT,
     events.DISK_ADDED: "{disk}: {image}",
     events.DISK_REMOVED: "{disk}",
-    events.DISK_RESIZED: "{disk}: served as {size} bytes, its image has {image_size} now",
+    events.DISK_RESIZED: _disk_resized,
     events.DISK_LOST: "{disk}: {reason}",
     events.DISK_AWAY: "{disk}: {image}",
     events.DISK_BACK: "{disk}: {image}",

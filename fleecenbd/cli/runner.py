@@ -123,6 +123,13 @@ async def _serve(
         files.callback(watch.stop)
     for endpoint in endpoints:
         server.listen(endpoint.socket, backup_only=endpoint.backup_only)
+    if options.temp.is_one_export and len(server.disks) > 1:
+        logger.warning(
+            "--temp %s: a session over more than one of the %d disks cannot begin: each needs an "
+            "export of its own; {disk} in the URI stands for a name",
+            options.temp.temp,
+            len(server.disks),
+        )
     if (directory := options.temp.directory) is not None:
         # Only here: a server that has no use for it starts without it.
         from fleecenbd.cli.temp_directory import look_for

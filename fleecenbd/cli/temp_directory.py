@@ -138,8 +138,7 @@ async def check_there(directory: str, session: str) -> None:
     if (why := await _why_not_there(directory)) is not None:
         raise CommandError(
             f"cannot begin session {session}: --temp-dir {directory}: {why}; nothing was changed: "
-            "start again when it is there, or without --begin to serve guests only (the last "
-            "server's sessions that have a temp image there are broken then)"
+            "start again when it is there, give another folder, or begin no session"
         )
 
 

@@ -60,6 +60,11 @@ class TempPlace:
         """RAW, QCOW2 or NBD."""
         return self.temp if self.temp in (RAW, QCOW2) else NBD
 
+    @property
+    def is_one_export(self) -> bool:
+        """Whether it is the same for all disks."""
+        return self.kind == NBD and DISK not in self.temp
+
     def uri(self, disk: str, session: str) -> str:
         """Of the export for this disk's temp image."""
         return self.temp.replace(DISK, quote(disk)).replace(SESSION, quote(session))

@@ -357,7 +357,7 @@ def session_view(server: Server, session: Session, life: Life, uris: Uris) -> Se
         result=None,
         armed_at=session.armed_at,
         finished_at=None,
-        pause_ms=session.pause_s * 1000,
+        pause_ms=round(session.pause_s * 1000, 3),
         on_cbw_error=options.on_cbw_error,
         cbw_timeout=options.cbw_timeout_s,
         temp_limit=options.temp_limit,

@@ -166,7 +166,13 @@ async def _undo_late(
                         await _put_back(new, place, before)
     except OSError as error:
         name = error.filename or disk.name
-        logger.error("%s: %d bytes at %d may hold a mark: %s", name, LOOK, place, error.strerror)
+        logger.error(
+            "%s: %d bytes at %d may hold a test mark in place of what was there: %s",
+            name,
+            LOOK,
+            place,
+            error.strerror,
+        )
 
 
 def _writable(new: Writable, disk: Writable) -> Writable:
@@ -205,7 +211,10 @@ async def _answering(name: str, seconds: float | None = None) -> AsyncIterator[N
     except TimeoutError as error:
         if error.errno is not None:
             raise  # somebody said so
-        text = f"it, or what it is compared with, does not answer; {LOOK} bytes may hold a mark"
+        text = (
+            f"it, or what it is compared with, does not answer; {LOOK} bytes of it may hold a test "
+            "mark in place of what was there"
+        )
         raise OSError(errno.ETIMEDOUT, text, name) from None
 
 

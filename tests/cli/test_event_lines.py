@@ -36,6 +36,11 @@ SHOWN: list[tuple[str, dict[str, Any], str]] = [
         "vda: served as 1024 bytes, its image has 513 now",
     ),
     (
+        events.DISK_RESIZED,
+        {"disk": "vda", "size": 1024, "image_size": 1024},
+        "vda: its image has 1024 bytes again, as it is served",
+    ),
+    (
         events.DISK_LOST,
         {"disk": "vda", "reason": "its child has ended"},
         "vda: its child has ended",

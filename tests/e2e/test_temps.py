@@ -638,6 +638,16 @@ def test_a_disk_is_never_taken_for_a_temp_image(tmp_path: Path) -> None:
 # -- what a newcomer met ---------------------------------------------------------------------------
 
 
+def test_one_export_for_several_disks_is_told_when_the_server_starts(tmp_path: Path) -> None:
+    disks = [make_disk(tmp_path / f"{name}.raw", MIB) for name in ("a", "b")]
+    uri = f"nbd+unix:///x?socket={tmp_path}/none"
+    for words, told in (((disks[0],), False), (disks, True), ((*disks, "{disk}"), False)):
+        names = [word for word in words if isinstance(word, Path)]
+        temp = uri.replace("/x?", "/{disk}?") if "{disk}" in words else uri
+        with serving(tmp_path, *names, "--temp", temp) as server:
+            assert ("cannot begin: each needs an export of its own" in server.messages()) is told
+
+
 def test_a_preallocated_temp_image_s_limit_is_not_set_later_either(tmp_path: Path) -> None:
     disk = make_disk(tmp_path / "vda.raw", MIB)
     with serving(tmp_path, disk, "--begin", "n", "--temp-prealloc") as server:

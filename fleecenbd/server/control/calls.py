@@ -194,7 +194,7 @@ class Calls:
             name=session.name,
             id=session.id,
             armed_at=session.armed_at,
-            pause_ms=session.pause_s * 1000,
+            pause_ms=round(session.pause_s * 1000, 3),
             warnings=list(begun.warnings),
             disks=disks,
         )
