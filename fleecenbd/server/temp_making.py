@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server.temp_place import TempPlace
+from fleecenbd.storage.device import Device
 from fleecenbd.storage.nbd_places import Server, named_server
-from fleecenbd.storage.same_storage import is_disk, is_temp
+from fleecenbd.storage.same_storage import is_temp, which_disk
 
 if TYPE_CHECKING:
     from fleecenbd.storage.temp_qcow2 import TempQcow2
@@ -131,48 +132,66 @@ async def _is_apart(export: TempExport, uri: str, disks: Callable[[], Iterable[D
                 raise _same(uri, "another temp image")
             apart.add(temp)
         elif others:
-            disk = others[0]
-            if await _is_disk(export, disk):
+            if (disk := await _which_disk(export, others)) is not None:
                 raise _same(uri, f"disk {disk.name}")
-            apart.add(disk)
+            apart.update(others)
         else:
             return
 
 
-async def _is_disk(export: TempExport, disk: Disk) -> bool:
-    """Raises OSError, but where the disk is gone: then it is not what has just answered."""
-    if _is_gone(disk):
-        return False
+async def _which_disk(export: TempExport, disks: Sequence[Disk]) -> Disk | None:
+    """The one whose storage it is. Raises OSError: EBUSY where one cannot be asked now."""
+    for disk in disks:
+        _check_there(disk)
+    there = {disk.device: disk for disk in disks if not _is_gone(disk)}
     try:
-        return await is_disk(export.besides, disk.device, partial(_held, export, disk))
+        found = await which_disk(export.besides, list(there), partial(_held, export, list(disks)))
     except OSError:
-        if _is_gone(disk):
-            return False
+        for disk in there.values():
+            _check_there(disk)
+        if any(_is_gone(disk) for disk in there.values()):
+            return await _which_disk(export, disks)  # without it
         raise
+    return None if found is None else there[cast(Device, found)]
 
 
 @asynccontextmanager
-async def _held(export: TempExport, disk: Disk, but: bytes) -> AsyncIterator[None]:
+async def _held(export: TempExport, disks: Sequence[Disk], but: bytes) -> AsyncIterator[None]:
     """Within it no guest writes. Raises OSError where writes in flight take too long.
 
-    ``but``: it may, where the export leads to the very export of the disk that a guest has.
+    ``but``: it may, where the export leads to the very export of a disk that a guest has.
     """
     async with export.alone():
-        disk.hold(let_in=but)
-        try:
-            if not await disk.wait_idle(asyncio.get_running_loop().time() + HOLD_S):
-                raise OSError(
-                    errno.ETIMEDOUT,
-                    f"writes to it were still in flight after {HOLD_S:g} s",
-                    disk.name,
-                )
+        deadline = asyncio.get_running_loop().time() + HOLD_S
+        with ExitStack() as let_go:
+            for disk in disks:
+                disk.hold(let_in=but)
+                let_go.callback(disk.release_hold)
+            for disk in disks:
+                if not await disk.wait_idle(deadline):
+                    raise OSError(
+                        errno.ETIMEDOUT,
+                        f"writes to it were still in flight after {HOLD_S:g} s",
+                        disk.name,
+                    )
             yield
-        finally:
-            disk.release_hold()
 
 
 def _is_gone(disk: Disk) -> bool:
-    return disk.lost is not None or not getattr(disk.device, "is_usable", True)
+    """Nothing is asked of it any more."""
+    return disk.lost is not None or getattr(disk.device, "is_closed", False)
+
+
+def _check_there(disk: Disk) -> None:
+    """Raises OSError(EBUSY) where it cannot be asked now: its storage may be there all the same,
+    and be wiped."""
+    if not _is_gone(disk) and not getattr(disk.device, "is_usable", True):
+        raise OSError(
+            errno.EBUSY,
+            f"disk {disk.name} is away, and cannot be compared with what is to be a temp image: "
+            "try again when it is back (fleecenbd disk list)",
+            disk.device.name,
+        )
 
 
 @asynccontextmanager
@@ -197,10 +216,12 @@ async def adding(disk: Disk) -> AsyncIterator[None]:
 
 
 async def _is_temp(disk: Disk, temp: TempExport) -> bool:
+    _check_there(disk)
     if not temp.is_closed and not _is_gone(disk):
         try:
             return await is_temp(disk.device, temp.besides, temp.alone, temp.lose)
         except OSError:
+            _check_there(disk)
             if not temp.is_closed and not _is_gone(disk):
                 raise
     if temp.is_closed:

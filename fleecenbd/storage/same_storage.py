@@ -11,13 +11,15 @@ is, or the same. Where the mark is written, and what guarantees that it goes:
 
     temp images    the one in use, by its own connections, and nobody else uses it before what was
                    there is back. Where that fails, it is lost, as it would be with a connection.
-    disks          the other: a guest's disk is not touched, unless it is the same. If it is, no
-                   guest writes there before what was there is back, put there by the disk's own
-                   way. Who reads there meanwhile, guest or backup, may read the mark: 4 KiB, for as
-                   long as two requests take, in place of zeroes, if there were any among the
-                   places.
+    disks          the other: a guest's disk is not touched, unless it is the same. No guest of
+                   any disk writes before what was there is back; where a disk is the same, it is
+                   put there by the disk's own way. Who reads there meanwhile, guest or backup, may
+                   read the mark: 4 KiB, for as long as two requests take, in place of zeroes, if
+                   there were any among the places.
 
-What is late is waited for, and put right then.
+What is late is waited for, and put right then. Guests do not wait for that: where a disk is the
+same, the server took longer than MARK_S over that one request, and a guest wrote to that very place
+meanwhile, then the mark may have come over what it wrote, and what was there before comes back.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ import asyncio
 import errno
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from fleecenbd.storage.device import EXTENT_ZERO, Buffer, Data, Extent
 
@@ -76,6 +78,8 @@ class Writable(Readable, Protocol):
         """As Device has it."""
 
 
+Result = TypeVar("Result")
+
 Alone: TypeAlias = Callable[[], AbstractAsyncContextManager[None]]
 """To a context in which others are kept from a device."""
 AloneBut: TypeAlias = Callable[[bytes], AbstractAsyncContextManager[None]]
@@ -112,19 +116,26 @@ async def _mark_temp(
                 raise
 
 
-async def is_disk(new: Writable, disk: Writable, alone: AloneBut) -> bool:
-    """Whether what is written to ``new``, which nobody uses, is seen in a disk.
+async def which_disk(new: Writable, disks: Sequence[Writable], alone: AloneBut) -> Writable | None:
+    """The one of these disks in which what is written to ``new``, which nobody uses, is seen.
 
-    ``alone``: nobody writes to the disk, nor uses ``new``. Raises OSError; ETIMEDOUT where one of
-    them does not answer.
+    ``alone``: nobody writes to any of them, nor uses ``new``. Raises OSError; ETIMEDOUT where one
+    of all does not answer.
     """
-    place = await _alike_place(new, disk)
-    if place is None:
-        return False
-    return await _told(_mark_disk(new, disk, place, alone), new.name)
+    for disk in disks:
+        place = await _alike_place(new, disk)
+        if place is not None:
+            # It may be another one that is the same, and is alike there, too.
+            beside = [disk for disk in disks if disk.size >= place + LOOK]
+            found = await _told(_mark_disks(new, place, beside, alone), new.name)
+            if found is not None:
+                return found
+    return None
 
 
-async def _mark_disk(new: Writable, disk: Writable, place: int, alone: AloneBut) -> bool:
+async def _mark_disks(
+    new: Writable, place: int, disks: Sequence[Writable], alone: AloneBut
+) -> Writable | None:
     mark = os.urandom(LOOK)
     async with alone(mark):
         async with _answering(new.name):
@@ -133,21 +144,25 @@ async def _mark_disk(new: Writable, disk: Writable, place: int, alone: AloneBut)
         try:
             async with _answering(new.name):
                 await asyncio.shield(marking)
-            if await disk.pread(place, LOOK) == mark:
-                await _put_back(_writable(new, disk), place, before)
-                return True
+            for disk in disks:
+                async with _answering(disk.name):
+                    is_same = await disk.pread(place, LOOK) == mark
+                if is_same:
+                    await _put_back(_writable(new, disk), place, before)
+                    return disk
+            async with _answering(new.name):
+                await _put_back(new, place, before)
         except BaseException:
-            undoing = _undo_late(new, disk, place, mark, before, marking, alone)
+            undoing = _undo_late(new, place, disks, mark, before, marking, alone)
             _run_on(asyncio.create_task(undoing, name=f"mark in {new.name}"))
             raise
-    await _put_back(new, place, before)
-    return False
+    return None
 
 
 async def _undo_late(
     new: Writable,
-    disk: Writable,
     place: int,
+    disks: Sequence[Writable],
     mark: bytes,
     before: Buffer,
     marking: asyncio.Future[None],
@@ -158,17 +173,17 @@ async def _undo_late(
     _retrieve(marking)
     try:
         async with alone(mark):
-            if await _has(disk, place, mark):
-                await _put_back(_writable(new, disk), place, before)
-            else:
-                async with _answering(new.name):
-                    if await new.pread(place, LOOK) == mark:
-                        await _put_back(new, place, before)
+            for disk in disks:
+                if await _has(disk, place, mark):
+                    await _put_back(_writable(new, disk), place, before)
+                    return
+            async with _answering(new.name):
+                if await new.pread(place, LOOK) == mark:
+                    await _put_back(new, place, before)
     except OSError as error:
-        name = error.filename or disk.name
         logger.error(
             "%s: %d bytes at %d may hold a test mark in place of what was there: %s",
-            name,
+            error.filename or new.name,
             LOOK,
             place,
             error.strerror,
@@ -183,12 +198,13 @@ def _writable(new: Writable, disk: Writable) -> Writable:
 async def _has(device: Readable, place: int, mark: bytes) -> bool:
     """Whether it tells that it has it."""
     try:
-        return await device.pread(place, LOOK) == mark
+        async with _answering(device.name):
+            return await device.pread(place, LOOK) == mark
     except OSError:
         return False
 
 
-async def _told(marking: Coroutine[Any, Any, bool], name: str) -> bool:
+async def _told(marking: Coroutine[Any, Any, Result], name: str) -> Result:
     """What it finds out; it goes on, whatever becomes of who asks."""
     task = asyncio.ensure_future(marking)
     _run_on(task)

@@ -254,6 +254,74 @@ async def test_what_a_guest_writes_beside_a_mark_stays(tmp_path: Path, is_lost: 
         await disk.device.wait_closed()
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_no_guest_writes_beside_a_mark_that_is_for_another_disk(
+    tmp_path: Path, is_late: bool
+) -> None:
+    """What is compared with one disk is in the place of another, and both are empty."""
+    async with _server(tmp_path) as server:
+        first, second = Disk("vda", MemoryDevice(SIZE)), Disk("vdb", await open_remote(server.uri))
+        writing: list[asyncio.Task[None]] = []
+
+        async def write_there(connection: Connection, request: Request) -> None:
+            if request.kind != WRITE or writing:
+                await server.usual(connection, request)
+                return
+            place, data = request.offset, b"g" * request.length
+            if is_late:
+                server.disk[place : place + request.length] = request.data
+            writing.append(asyncio.ensure_future(second.write(place, data)))
+            await asyncio.sleep(0.05)
+            assert not writing[0].done()
+            if not is_late:
+                server.disk[place : place + request.length] = request.data
+            connection.ok(request)
+
+        server.answer = write_there
+        place = TempPlace(server.uri.replace("///disk?", "///other?"), overwrite=True)
+        with pytest.raises(OSError, match="disk vdb, what"):
+            await make_export(place, "n", first, 4096, lambda: [first, second])
+        await writing[0]
+        assert bytes(server.disk).strip(b"\0") == b"g" * 4096
+        second.device.close()
+        await second.device.wait_closed()
+
+
+async def test_a_disk_that_is_away_cannot_be_told_from_a_temp_image(tmp_path: Path) -> None:
+    """It was wiped: its server was back before its connection was."""
+    async with _server(tmp_path) as server:
+        server.disk[:] = b"G" * SIZE
+        disk = Disk("vda", await open_remote(server.uri))
+        for connection in list(server.connections):
+            connection.drop()
+        while disk.device.is_usable:  # type: ignore[attr-defined] # noqa: ASYNC110
+            await asyncio.sleep(0)
+        place = TempPlace(server.uri.replace("///disk?", "///other?"), overwrite=True)
+        with pytest.raises(OSError, match="disk vda is away"):
+            await make_export(place, "n", disk, 4096, lambda: [disk])
+        assert server.disk == b"G" * SIZE
+        disk.device.close()
+        await disk.device.wait_closed()
+
+
+async def test_a_disk_that_is_away_is_not_added_beside_a_temp_image(tmp_path: Path) -> None:
+    async with _server(tmp_path) as server:
+        temp = await _make(server.uri)
+        others = list(server.connections)
+        disk = Disk("vdb", await open_remote(server.uri.replace("///disk?", "///other?")))
+        for connection in server.connections:
+            if connection not in others:
+                connection.drop()
+        while disk.device.is_usable:  # type: ignore[attr-defined] # noqa: ASYNC110
+            await asyncio.sleep(0)
+        with pytest.raises(OSError, match="disk vdb is away"):
+            async with adding(disk):
+                raise AssertionError("it is refused")
+        for device in (disk.device, temp):
+            device.close()
+            await device.wait_closed()
+
+
 async def test_a_disk_that_is_a_temp_image_is_not_added(tmp_path: Path) -> None:
     async with _server(tmp_path) as server:
         temp = await _make(server.uri)

@@ -14,7 +14,7 @@ import pytest
 from fleecenbd.storage import same_storage
 from fleecenbd.storage.device import Data
 from fleecenbd.storage.memory import MemoryDevice
-from fleecenbd.storage.same_storage import is_disk, is_temp
+from fleecenbd.storage.same_storage import is_temp, which_disk
 
 SIZE = 64 << 12
 
@@ -39,7 +39,7 @@ async def _beside_temp(new: MemoryDevice, temp: MemoryDevice) -> bool:
 
 
 async def _beside_disk(new: MemoryDevice, disk: MemoryDevice) -> bool:
-    return await is_disk(new, disk, lambda _mark: _alone())
+    return await which_disk(new, [disk], lambda _mark: _alone()) is disk
 
 
 IsSame: TypeAlias = Callable[[MemoryDevice, MemoryDevice], Awaitable[bool]]
@@ -250,7 +250,7 @@ async def test_a_mark_in_a_disk_is_removed_by_its_own_way(
         finally:
             held.append(-1)
 
-    looking = asyncio.ensure_future(is_disk(other, disk, hold))
+    looking = asyncio.ensure_future(which_disk(other, [disk], hold))
     await other.begun.wait()
     assert sum(held) == 1
     if way == "cancelled":
@@ -266,7 +266,7 @@ async def test_a_mark_in_a_disk_is_removed_by_its_own_way(
         with pytest.raises(OSError, match="the connection is lost"):
             await looking
     elif way == "at once":
-        assert await looking
+        assert await looking is disk
     await _settled()
     assert sum(held) == 0
     assert await disk.pread(0, SIZE) == bytes(SIZE)
