@@ -72,7 +72,6 @@ class Disk:
         self._active_calls: dict[asyncio.Task[None], list[tuple[int, int]]] = {}
         """Active writes in flight, each with its byte ranges."""
         self._holds = 0
-        self._let_in: bytes | None = None
         self.held_since = 0.0
         """The loop's time since which active writes are held without a break, while they are."""
         self._held = Waiters()
@@ -123,8 +122,7 @@ class Disk:
         goes on, as every device call does, and arming waits for it.
         """
         ranges = [(offset, len(data))]
-        is_let_in = self._let_in is not None and data == self._let_in
-        await self._before_write(ranges, is_let_in=is_let_in)
+        await self._before_write(ranges)
         await self._active(ranges, self.device.pwrite(offset, data))
 
     async def write_zeroes(
@@ -176,9 +174,7 @@ class Disk:
 
     # -- before and around the active write ------------------------------------------------
 
-    async def _before_write(
-        self, ranges: list[tuple[int, int]], *, is_let_in: bool = False
-    ) -> None:
+    async def _before_write(self, ranges: list[tuple[int, int]]) -> None:
         """Return in the step in which the active write of these byte ranges may start."""
         passed: set[Fleece] = set()
         while True:
@@ -187,7 +183,7 @@ class Disk:
                 await _ready(fleeces[0], ranges)
             elif fleeces:
                 await _all_ready(fleeces, ranges)
-            elif self._holds and not (is_let_in and self._holds == 1):
+            elif self._holds:
                 await self._held.wait(0, 1)
             else:
                 return
@@ -327,19 +323,15 @@ class Disk:
 
     # -- arming ----------------------------------------------------------------------------
 
-    def hold(self, *, let_in: bytes | None = None) -> None:
-        """Start no active write until ``release_hold``; holds count. ``let_in``: what may be
-        written all the same, while nobody else holds."""
+    def hold(self) -> None:
+        """Start no active write until ``release_hold``; holds count."""
         if not self._holds:
             self.held_since = asyncio.get_running_loop().time()
         self._holds += 1
-        if let_in is not None:
-            self._let_in = let_in
 
     def release_hold(self) -> None:
         self._holds -= 1
         if not self._holds:
-            self._let_in = None
             self._held.wake_all()
 
     async def wait_idle(self, deadline: float) -> bool:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from fleecenbd.engine.disk import Disk
 from fleecenbd.server.temp_place import TempPlace
-from fleecenbd.storage.device import Device
 from fleecenbd.storage.nbd_places import Server, named_server
-from fleecenbd.storage.same_storage import is_temp, which_disk
+from fleecenbd.storage.same_storage import SIZE_APART, Likeness, is_temp, likeness
 
 if TYPE_CHECKING:
     from fleecenbd.storage.temp_qcow2 import TempQcow2
@@ -25,8 +24,6 @@ TAKE_TIMEOUT_S = 60.0
 """Seconds to empty what may hold data."""
 ENDING_TIMEOUT_S = 20.0
 """Seconds that temp images that have ended may take to give back their space."""
-HOLD_S = 2.0
-"""Seconds that guests' writes in flight may take to end, while others wait."""
 UNANSWERED_S = 900.0
 """Seconds for which what was asked, and never answered, may still be done: after so many Linux
 gives up sending."""
@@ -89,6 +86,9 @@ async def make_export(
                 await _is_apart(export, uri, disks)
             async with _answering(uri, TAKE_TIMEOUT_S):
                 await export.take(overwrite=place.overwrite)
+    except asyncio.CancelledError:
+        export.close()  # who stops the server waits for what is live (``given_back``)
+        raise
     except BaseException:
         export.close()
         await export.wait_closed()
@@ -132,49 +132,33 @@ async def _is_apart(export: TempExport, uri: str, disks: Callable[[], Iterable[D
                 raise _same(uri, "another temp image")
             apart.add(temp)
         elif others:
-            if (disk := await _which_disk(export, others)) is not None:
-                raise _same(uri, f"disk {disk.name}")
-            apart.update(others)
+            await _check_disk(export, uri, others[0])
+            apart.add(others[0])
         else:
             return
 
 
-async def _which_disk(export: TempExport, disks: Sequence[Disk]) -> Disk | None:
-    """The one whose storage it is. Raises OSError: EBUSY where one cannot be asked now."""
-    for disk in disks:
-        _check_there(disk)
-    there = {disk.device: disk for disk in disks if not _is_gone(disk)}
+async def _check_disk(export: TempExport, uri: str, disk: Disk) -> None:
+    """Raises OSError(EBUSY) where it may be the disk's storage, or that cannot be known now."""
+    _check_there(disk)
+    if _is_gone(disk):
+        return
     try:
-        found = await which_disk(export.besides, list(there), partial(_held, export, list(disks)))
+        found = await likeness(export.besides, export.whole_size, disk.device)
     except OSError:
-        for disk in there.values():
-            _check_there(disk)
-        if any(_is_gone(disk) for disk in there.values()):
-            return await _which_disk(export, disks)  # without it
+        _check_there(disk)
+        if _is_gone(disk):
+            return
         raise
-    return None if found is None else there[cast(Device, found)]
-
-
-@asynccontextmanager
-async def _held(export: TempExport, disks: Sequence[Disk], but: bytes) -> AsyncIterator[None]:
-    """Within it no guest writes. Raises OSError where writes in flight take too long.
-
-    ``but``: it may, where the export leads to the very export of a disk that a guest has.
-    """
-    async with export.alone():
-        deadline = asyncio.get_running_loop().time() + HOLD_S
-        with ExitStack() as let_go:
-            for disk in disks:
-                disk.hold(let_in=but)
-                let_go.callback(disk.release_hold)
-            for disk in disks:
-                if not await disk.wait_idle(deadline):
-                    raise OSError(
-                        errno.ETIMEDOUT,
-                        f"writes to it were still in flight after {HOLD_S:g} s",
-                        disk.name,
-                    )
-            yield
+    if found is Likeness.SAME:
+        raise _same(uri, f"disk {disk.name}, or to a copy of it")
+    if found is Likeness.EMPTY:
+        raise OSError(
+            errno.EBUSY,
+            f"it cannot be told from the storage of disk {disk.name}: {found.value}; make it "
+            f"larger, by {SIZE_APART >> 20} MiB at least",
+            uri,
+        )
 
 
 def _is_gone(disk: Disk) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterable
+from ipaddress import ip_address
 from typing import Any, TypeAlias
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 _ALL = ("0.0.0.0", "::")
 PORT = 10809
@@ -25,8 +26,10 @@ def named_server(uri: str) -> Server:
     parts = urlsplit(uri)
     if not parts.scheme.startswith("nbd"):
         return (uri,)
-    if paths := parse_qs(parts.query).get("socket"):
-        return (os.path.normpath(paths[0]),)
+    for part in parts.query.split("&"):
+        key, _, value = part.partition("=")
+        if key == "socket":
+            return (os.path.normpath(unquote(value)),)
     try:
         port = parts.port or PORT
     except ValueError:  # told when somebody connects
@@ -65,14 +68,16 @@ def leads_to_socket(uri: str, listening: Iterable[socket.socket]) -> bool:
 
 
 def _is_local(address: str) -> bool:
-    """Whether it is an address of this machine: what can be bound to is."""
+    """Whether it is an address of this machine: one talks to that from the address itself."""
+    if ip_address(address.partition("%")[0]).is_loopback:
+        return True
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         try:
-            sock.bind((address, 0))
+            sock.connect((address, PORT))  # sends nothing
         except OSError:
             return False
-        return True
+        return bool(sock.getsockname()[0] == address)
 
 
 def _export(uri: str) -> str:

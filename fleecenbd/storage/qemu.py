@@ -112,7 +112,13 @@ class QemuChild:
     def _watch(self) -> None:
         assert self._process is not None, "it has started"
         loop = asyncio.get_running_loop()
-        descriptor = os.pidfd_open(self._process.pid)
+        try:
+            descriptor = os.pidfd_open(self._process.pid)
+        except OSError:
+            self._process.kill()  # nobody would know of its end
+            self._process.wait()
+            self.ended.set()
+            raise
 
         def ended() -> None:
             loop.remove_reader(descriptor)
@@ -155,10 +161,10 @@ class QemuChild:
         if self._process is None:
             self._close()
             return
-        with suppress(Exception):  # it may have gone; what counts is its status
-            await self._qmp.execute("quit")
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
+                with suppress(Exception):  # it may have gone; what counts is its status
+                    await self._qmp.execute("quit")
                 await self.ended.wait()
         except TimeoutError:
             self._process.kill()

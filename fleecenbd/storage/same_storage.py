@@ -3,45 +3,37 @@
 Many NBD servers ignore an export's name, or have several. A temp image in the place of another, or
 of a disk, would make a backup of wrong data, or wipe the disk, and nobody would be told.
 
-    1  compare a few places, where the one in use has data if that can be found; they differ: no
-    2  write a mark, look for it, put back what was there
+Temp images are told apart by a mark: a few places are compared, and where they are alike a mark is
+written to the one in use, by its own connections, looked for, and removed, before anybody else uses
+it. Where that fails, it is lost, as it would be with a connection.
 
-So a mark is written only where all that was compared is alike: where the one in use is empty, that
-is, or the same. Where the mark is written, and what guarantees that it goes:
-
-    temp images    the one in use, by its own connections, and nobody else uses it before what was
-                   there is back. Where that fails, it is lost, as it would be with a connection.
-    disks          the other: a guest's disk is not touched, unless it is the same. No guest of
-                   any disk writes before what was there is back; where a disk is the same, it is
-                   put there by the disk's own way. Who reads there meanwhile, guest or backup, may
-                   read the mark: 4 KiB, for as long as two requests take, in place of zeroes, if
-                   there were any among the places.
-
-What is late is waited for, and put right then. Guests do not wait for that: where a disk is the
-same, the server took longer than MARK_S over that one request, and a guest wrote to that very place
-meanwhile, then the mark may have come over what it wrote, and what was there before comes back.
+Nothing is written to find out whether something is a disk's storage: a mark that is late, or stays,
+would be in a guest's disk. It is taken for that where all places are alike, and there is data in
+one; or where they are all zeroes, and the sizes are the same. So a copy is refused, and so is an
+empty export for an empty disk of its size, which can be given another size.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from enum import Enum
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from fleecenbd.storage.device import EXTENT_ZERO, Buffer, Data, Extent
-
-logger = logging.getLogger(__name__)
 
 LOOK = 4096
 """Bytes that are looked at in one place."""
 PLACES = 4
 """Places that are compared first."""
-WINDOW = 64 << 20
-"""Bytes in which data is looked for, from a random place on."""
+WINDOW = 1 << 30
+WINDOWS = 64
+"""Bytes in which data is looked for at once, from a random place on, and how often."""
+SIZE_APART = 1 << 20
+"""Bytes by which what is empty must differ in size from an empty disk."""
 MARK_S = 2.0
 """Seconds for one look, and for one mark: others may have to wait meanwhile."""
 ANSWER_S = 8.0
@@ -82,8 +74,6 @@ Result = TypeVar("Result")
 
 Alone: TypeAlias = Callable[[], AbstractAsyncContextManager[None]]
 """To a context in which others are kept from a device."""
-AloneBut: TypeAlias = Callable[[bytes], AbstractAsyncContextManager[None]]
-"""The same, but this may be written by anybody: the mark may come by way of a guest's export."""
 
 
 async def is_temp(new: Readable, temp: Writable, alone: Alone, lose: Callable[[str], None]) -> bool:
@@ -92,10 +82,10 @@ async def is_temp(new: Readable, temp: Writable, alone: Alone, lose: Callable[[s
     ``alone``: nobody else uses the temp image. ``lose`` is told why what it holds cannot be
     trusted any more. Raises OSError; ETIMEDOUT where one of them does not answer.
     """
-    place = await _alike_place(new, temp)
-    if place is None:
+    alike = await _alike_place(new, temp)
+    if alike is None:
         return False
-    return await _told(_mark_temp(new, temp, place, alone, lose), temp.name)
+    return await _told(_mark_temp(new, temp, alike[0], alone, lose), temp.name)
 
 
 async def _mark_temp(
@@ -116,92 +106,26 @@ async def _mark_temp(
                 raise
 
 
-async def which_disk(new: Writable, disks: Sequence[Writable], alone: AloneBut) -> Writable | None:
-    """The one of these disks in which what is written to ``new``, which nobody uses, is seen.
+class Likeness(Enum):
+    """What a comparison says."""
 
-    ``alone``: nobody writes to any of them, nor uses ``new``. Raises OSError; ETIMEDOUT where one
-    of all does not answer.
+    APART = "another storage"
+    SAME = "the same storage, or a copy of it"
+    EMPTY = "both are empty where it was looked at, and of one size"
+
+
+async def likeness(new: Readable, new_size: int, disk: Readable) -> Likeness:
+    """Whether something may be a disk's storage; ``new_size``: bytes, of all of it.
+
+    Raises OSError; ETIMEDOUT where one of them does not answer.
     """
-    for disk in disks:
-        place = await _alike_place(new, disk)
-        if place is not None:
-            # It may be another one that is the same, and is alike there, too.
-            beside = [disk for disk in disks if disk.size >= place + LOOK]
-            found = await _told(_mark_disks(new, place, beside, alone), new.name)
-            if found is not None:
-                return found
-    return None
-
-
-async def _mark_disks(
-    new: Writable, place: int, disks: Sequence[Writable], alone: AloneBut
-) -> Writable | None:
-    mark = os.urandom(LOOK)
-    async with alone(mark):
-        async with _answering(new.name):
-            before = await new.pread(place, LOOK)
-        marking = asyncio.ensure_future(new.pwrite(place, mark))
-        try:
-            async with _answering(new.name):
-                await asyncio.shield(marking)
-            for disk in disks:
-                async with _answering(disk.name):
-                    is_same = await disk.pread(place, LOOK) == mark
-                if is_same:
-                    await _put_back(_writable(new, disk), place, before)
-                    return disk
-            async with _answering(new.name):
-                await _put_back(new, place, before)
-        except BaseException:
-            undoing = _undo_late(new, place, disks, mark, before, marking, alone)
-            _run_on(asyncio.create_task(undoing, name=f"mark in {new.name}"))
-            raise
-    return None
-
-
-async def _undo_late(
-    new: Writable,
-    place: int,
-    disks: Sequence[Writable],
-    mark: bytes,
-    before: Buffer,
-    marking: asyncio.Future[None],
-    alone: AloneBut,
-) -> None:
-    """Once the mark has its answer, or never will."""
-    await asyncio.wait({marking})
-    _retrieve(marking)
-    try:
-        async with alone(mark):
-            for disk in disks:
-                if await _has(disk, place, mark):
-                    await _put_back(_writable(new, disk), place, before)
-                    return
-            async with _answering(new.name):
-                if await new.pread(place, LOOK) == mark:
-                    await _put_back(new, place, before)
-    except OSError as error:
-        logger.error(
-            "%s: %d bytes at %d may hold a test mark in place of what was there: %s",
-            error.filename or new.name,
-            LOOK,
-            place,
-            error.strerror,
-        )
-
-
-def _writable(new: Writable, disk: Writable) -> Writable:
-    """A way to storage that is that of both."""
-    return new if getattr(disk, "read_only", False) else disk
-
-
-async def _has(device: Readable, place: int, mark: bytes) -> bool:
-    """Whether it tells that it has it."""
-    try:
-        async with _answering(device.name):
-            return await device.pread(place, LOOK) == mark
-    except OSError:
-        return False
+    async with _answering(f"{new.name} or {disk.name}", ANSWER_S):
+        alike = await _alike_place(new, disk)
+    if alike is None:
+        return Likeness.APART
+    if alike[1]:
+        return Likeness.SAME
+    return Likeness.EMPTY if abs(new_size - disk.size) < SIZE_APART else Likeness.APART
 
 
 async def _told(marking: Coroutine[Any, Any, Result], name: str) -> Result:
@@ -227,45 +151,43 @@ async def _answering(name: str, seconds: float | None = None) -> AsyncIterator[N
     except TimeoutError as error:
         if error.errno is not None:
             raise  # somebody said so
-        text = (
-            f"it, or what it is compared with, does not answer; {LOOK} bytes of it may hold a test "
-            "mark in place of what was there"
-        )
-        raise OSError(errno.ETIMEDOUT, text, name) from None
+        raise OSError(
+            errno.ETIMEDOUT, "it, or what it is compared with, does not answer", name
+        ) from None
 
 
-async def _alike_place(new: Readable, used: Readable) -> int | None:
-    """The offset of a place in which both are alike; None: they are not the same storage."""
+async def _alike_place(new: Readable, used: Readable) -> tuple[int, bool] | None:
+    """The offset of a place in which both are alike, and whether there is data in any such place;
+    None: they are not the same storage."""
     blocks = min(new.size, used.size) // LOOK
     if not blocks:
         return None
-    place = None
-    is_zero = False
-    differing = 0
-    for _ in range(PLACES):
+    alike = []
+    for count in range(PLACES):
         offset = await _place(used, blocks)
         found = await _alike(new, used, offset)
-        if found is None:
-            differing += 1  # one of them may be a place that a guest never stops writing to
-            if differing == 2:
-                return None
-        elif not is_zero:
-            place, is_zero = offset, not any(found)
-    assert place is not None, "most places are alike"
-    return place
+        if found is not None:
+            alike.append((offset, any(found)))
+        elif count + 1 - len(alike) == 2:  # one may be a place that a guest never stops writing to
+            return None
+    return alike[-1][0], any(is_data for _, is_data in alike)
 
 
-async def _place(other: Readable, blocks: int) -> int:
-    """The offset of a place in which ``other`` has data, or just of any."""
-    offset = int.from_bytes(os.urandom(8), "big") % blocks * LOOK
+async def _place(used: Readable, blocks: int) -> int:
+    """The offset of a place in which ``used`` has data, or just of any."""
+    first = int.from_bytes(os.urandom(8), "big") % blocks * LOOK
     end = blocks * LOOK
-    position = offset
-    for length, flags in await other.extents(offset, min(WINDOW, end - offset)):
-        start = position - position % LOOK
-        if not flags & EXTENT_ZERO and offset <= start:
-            return start
-        position += length
-    return offset
+    position = first
+    for _ in range(WINDOWS):
+        stop = min(position + WINDOW, end)
+        for length, flags in await used.extents(position, stop - position):
+            start = -(-position // LOOK) * LOOK
+            if not flags & EXTENT_ZERO and start + LOOK <= min(position + length, end):
+                return start
+            position += length
+        if position >= end:
+            position = 0
+    return first
 
 
 async def _alike(one: Readable, other: Readable, offset: int) -> Buffer | None:

@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fleecenbd.storage.device import EXTENT_ZERO, Buffer, Data, Extent
+from fleecenbd.storage.errors import closed_error
 from fleecenbd.storage.losing import Losing
 from fleecenbd.storage.nbd_client import NbdClient
 from fleecenbd.storage.nbd_errors import NbdLost
@@ -77,6 +78,11 @@ class TempExport(TempRemote):
         client.when_lost(lambda error: self.lose(error.strerror or str(error)))
 
     @property
+    def whole_size(self) -> int:
+        """Bytes of the export, of which ``size`` are used."""
+        return self._client.size
+
+    @property
     def is_unanswered(self) -> bool:
         """Whether its server may still do what it was asked to, once it is closed."""
         return self._client.left_changing
@@ -86,6 +92,8 @@ class TempExport(TempRemote):
         """Within it, nothing is asked but through ``besides``. One waits for the other. Raises
         OSError where what is being asked takes too long."""
         async with self._alone:
+            if self._is_closed:
+                raise closed_error(self.name)
             self._going_on = asyncio.Event()
             try:
                 if self._calls and (await asyncio.wait(self._calls, timeout=ALONE_S))[1]:
@@ -144,16 +152,20 @@ class TempExport(TempRemote):
         return held
 
     async def _hang_up(self) -> None:
+        is_alone = False
         if self._client.is_connected:
             with suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_S):
-                    async with self._alone:  # what was there is put back
-                        pass
+                    is_alone = await self._alone.acquire()  # what was there is put back
             if self._calls:
                 await asyncio.wait(self._calls, timeout=CLOSE_S)
-        if self.is_ours and self._client.is_connected and not self.is_lost:
-            await self._wipe_at_end()
-        await super()._hang_up()
+        try:
+            if self.is_ours and self._client.is_connected and not self.is_lost:
+                await self._wipe_at_end()
+            await super()._hang_up()
+        finally:
+            if is_alone:
+                self._alone.release()
         if self.on_closed is not None:
             self.on_closed()
 

@@ -220,71 +220,55 @@ async def test_one_that_cannot_be_looked_at_alone_goes_on(tmp_path: Path) -> Non
         await live.wait_closed()
 
 
-@pytest.mark.parametrize("is_lost", [False, True])
-async def test_what_a_guest_writes_beside_a_mark_stays(tmp_path: Path, is_lost: bool) -> None:
-    """The temp image would be in the place of the guest's own, empty disk."""
-    async with _server(tmp_path) as server:
-        disk = Disk("vda", await open_remote(server.uri))
-        writing: list[asyncio.Task[None]] = []
-        written: list[bytes] = []
-
-        async def write_there(connection: Connection, request: Request) -> None:
-            if request.kind != WRITE or writing:
-                await server.usual(connection, request)
-                return
-            data = b"g" * request.length
-            writing.append(asyncio.ensure_future(disk.write(request.offset, data)))
-            await asyncio.sleep(0.05)
-            assert not writing[0].done()
-            written.append(bytes(server.disk))
-            if is_lost:
-                server.disk[request.offset : request.offset + request.length] = request.data
-                connection.drop()
-            else:
-                await server.usual(connection, request)
-
-        server.answer = write_there
-        place = TempPlace(server.uri.replace("///disk?", "///other?"), overwrite=True)
-        with pytest.raises(OSError, match="connection is lost" if is_lost else "disk vda, what"):
-            await make_export(place, "n", disk, 4096, lambda: [disk])
-        await writing[0]
-        assert bytes(server.disk).strip(b"\0") == b"g" * 4096
-        assert written == [bytes(SIZE)]
-        disk.device.close()
-        await disk.device.wait_closed()
-
-
-@pytest.mark.parametrize("is_late", [False, True])
-async def test_no_guest_writes_beside_a_mark_that_is_for_another_disk(
-    tmp_path: Path, is_late: bool
+async def test_an_empty_export_of_a_disk_s_size_is_not_taken_and_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is compared with one disk is in the place of another, and both are empty."""
+    """It may be the disk's storage, by another name."""
     async with _server(tmp_path) as server:
-        first, second = Disk("vda", MemoryDevice(SIZE)), Disk("vdb", await open_remote(server.uri))
-        writing: list[asyncio.Task[None]] = []
-
-        async def write_there(connection: Connection, request: Request) -> None:
-            if request.kind != WRITE or writing:
-                await server.usual(connection, request)
-                return
-            place, data = request.offset, b"g" * request.length
-            if is_late:
-                server.disk[place : place + request.length] = request.data
-            writing.append(asyncio.ensure_future(second.write(place, data)))
-            await asyncio.sleep(0.05)
-            assert not writing[0].done()
-            if not is_late:
-                server.disk[place : place + request.length] = request.data
-            connection.ok(request)
-
-        server.answer = write_there
         place = TempPlace(server.uri.replace("///disk?", "///other?"), overwrite=True)
-        with pytest.raises(OSError, match="disk vdb, what"):
-            await make_export(place, "n", first, 4096, lambda: [first, second])
-        await writing[0]
-        assert bytes(server.disk).strip(b"\0") == b"g" * 4096
+        for device in (await open_remote(server.uri), MemoryDevice(SIZE)):
+            disk = Disk("vda", device)
+            with pytest.raises(
+                OSError, match=r"disk vda: both are empty.*; make it larger, by 1 MiB"
+            ):
+                await make_export(place, "n", disk, 4096, lambda disk=disk: [disk])
+            device.close()
+            await device.wait_closed()
+        assert not any(request.kind in (WRITE, WRITE_ZEROES) for request in server.requests)
+        monkeypatch.setattr(same_storage, "SIZE_APART", 4096)
+        disk = Disk("vda", MemoryDevice(SIZE - 4096))
+        temp = await make_export(place, "n", disk, 4096, lambda: [disk])
+        temp.close()
+        await temp.wait_closed()
+
+
+async def test_a_disk_s_storage_is_not_taken_and_not_written_to(tmp_path: Path) -> None:
+    async with _server(tmp_path) as server:
+        server.disk[:] = b"d" * SIZE
+        first, second = (
+            Disk("vda", MemoryDevice(SIZE * 4)),
+            Disk("vdb", await open_remote(server.uri)),
+        )
+        place = TempPlace(server.uri.replace("///disk?", "///other?"), overwrite=True)
+        small = Disk("vdc", MemoryDevice(SIZE))
+        with pytest.raises(OSError, match="disk vdb, or to a copy of it, whatever"):
+            await make_export(place, "n", small, 4096, lambda: [first, second])
+        assert not any(request.kind in (WRITE, WRITE_ZEROES) for request in server.requests)
         second.device.close()
         await second.device.wait_closed()
+
+
+async def test_no_mark_comes_after_a_temp_image_has_ended(tmp_path: Path) -> None:
+    """It would be left there: the export is empty at the end."""
+    async with _server(tmp_path) as server:
+        temp = await _make(server.uri)
+        await temp.pwrite(0, b"x" * 4096)
+        temp.close()
+        with pytest.raises(OSError, match="closed"):
+            async with temp.alone():
+                raise AssertionError("it has ended")
+        await temp.wait_closed()
+        assert not any(server.disk)
 
 
 async def test_a_disk_that_is_away_cannot_be_told_from_a_temp_image(tmp_path: Path) -> None:

@@ -491,7 +491,7 @@ ARMING = (
         "arming waits for guest writes that wait in copy-before-write",
         "disk",
         (
-            "        await self._before_write(ranges, is_let_in=is_let_in)\n"
+            "        await self._before_write(ranges)\n"
             "        await self._active(ranges, self.device.pwrite(offset, data))\n",
             "        async def both() -> None:\n"
             "            await self._before_write(ranges)\n"
@@ -512,7 +512,7 @@ ARMING = (
     _bug(
         "a guest write in more than one step ignores an arming's hold",
         "disk",
-        ("            elif self._holds and not", "            elif False and not"),
+        ("            elif self._holds:\n", "            elif False:\n"),
     ),
     _bug(
         "a session's fleeces are installed one by one",
@@ -526,7 +526,7 @@ ARMING = (
 )
 
 _WRITE = """\
-        await self._before_write(ranges, is_let_in=is_let_in)
+        await self._before_write(ranges)
         await self._active(ranges, self.device.pwrite(offset, data))
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -77,11 +78,12 @@ def test_our_own_ports_are_known(bound: str, named: str, ours: bool) -> None:
 
 
 def test_our_own_unix_sockets_are_known(tmp_path: Path) -> None:
-    path, link = tmp_path / "s.sock", tmp_path / "link"
+    path, link = tmp_path / "s+t.sock", tmp_path / "link"
     link.symlink_to(path)
     with socket.socket(socket.AF_UNIX) as sock, socket.socket(socket.AF_UNIX) as unnamed:
         sock.bind(str(path))
         assert leads_to_socket(f"nbd+unix:///any?socket={path}", [unnamed, sock])
         assert leads_to_socket(f"nbd+unix:///any?socket={link}", [sock])
+        assert leads_to_socket(f"nbd+unix:///any?x=y&socket={quote(str(path), safe='')}", [sock])
         assert not leads_to_socket(f"nbd+unix:///any?socket={tmp_path}/other", [sock])
         assert not leads_to_socket("nbd://127.0.0.1/any", [sock])
