@@ -545,7 +545,7 @@ def test_a_server_that_stops_gives_back_what_an_export_held(tmp_path: Path) -> N
             assert not any(backend.image.read_bytes())
         # A server that is killed cannot; the next one is told that this can go.
         with serving(tmp_path, disk, *words) as server:
-            _write_all(server, content)
+            _write_all(server, os.urandom(SIZE))
             server.kill()
         refused = try_run(
             *(FLEECENBD, "serve", disk, *words, "-U", tmp_path / "f.sock"),
