@@ -29,15 +29,18 @@ LOOK = 4096
 """Bytes that are looked at in one place."""
 PLACES = 4
 """Places that are compared first."""
-WINDOW = 1 << 30
-WINDOWS = 64
-"""Bytes in which data is looked for at once, from a random place on, and how often."""
+WINDOW = 64 << 20
+WINDOW_MAX = 1 << 30
+"""Bytes in which data is looked for at once, from a random place on, and what that is doubled to
+while there is none: a window full of small extents takes long to be told."""
+SEARCHED = 64 << 30
+"""Bytes in which it is looked for at most."""
 SIZE_APART = 1 << 20
 """Bytes by which what is empty must differ in size from an empty disk."""
 MARK_S = 2.0
 """Seconds for one look, and for one mark: others may have to wait meanwhile."""
 ANSWER_S = 8.0
-"""Seconds for all that follows the comparison."""
+"""Seconds for a comparison with a disk; of temp images, for all that follows one."""
 
 _late: set[asyncio.Task[Any]] = set()
 
@@ -177,16 +180,18 @@ async def _place(used: Readable, blocks: int) -> int:
     """The offset of a place in which ``used`` has data, or just of any."""
     first = int.from_bytes(os.urandom(8), "big") % blocks * LOOK
     end = blocks * LOOK
-    position = first
-    for _ in range(WINDOWS):
-        stop = min(position + WINDOW, end)
+    position, left, window = first, min(end, SEARCHED), WINDOW
+    while left > 0:
+        stop = min(position + window, end)
         for length, flags in await used.extents(position, stop - position):
             start = -(-position // LOOK) * LOOK
             if not flags & EXTENT_ZERO and start + LOOK <= min(position + length, end):
                 return start
             position += length
+            left -= length
         if position >= end:
             position = 0
+        window = min(2 * window, WINDOW_MAX)
     return first
 
 

@@ -222,12 +222,7 @@ def test_who_fills_the_file_system_up_to_the_reserve_is_seen_within_a_second(
         assert control.call("GET", "sessions/n")["state"] == "active", "a copy asks again"
 
 
-old_btrfs = pytest.mark.xfail(
-    stores_may_fail("btrfs"), reason="as the server warns: btrfs of this kernel", strict=False
-)
-
-
-@pytest.mark.parametrize("kind", [pytest.param("btrfs", marks=old_btrfs), "ext4", "xfs"])
+@pytest.mark.parametrize("kind", ["btrfs", "ext4", "xfs"])
 def test_a_file_system_that_somebody_fills_under_the_bitmaps_costs_no_guest(
     tmp_path: Path, image: Path, kind: str
 ) -> None:
@@ -236,6 +231,10 @@ def test_a_file_system_that_somebody_fills_under_the_bitmaps_costs_no_guest(
         mounted(kind, tmp_path, "state") as folder,
         serving(tmp_path, image, "--temp-reserve", "none") as server,
     ):
+        may_fail = stores_may_fail(kind)
+        assert ("is on btrfs: when that is full" in server.messages()) is may_fail
+        if may_fail:
+            return  # all that is promised with this version of Linux
         control = _control(server)
         control.call("PUT", "disks/vda/bitmaps/c", granularity=4 * KIB)
         control.call("PUT", "sessions/n", cluster_size=4 * KIB)

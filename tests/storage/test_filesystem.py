@@ -5,11 +5,19 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fleecenbd.storage import filesystem
-from fleecenbd.storage.filesystem import Medium, hole_size_of, medium_of, reads_nowait, type_of
+from fleecenbd.storage.filesystem import (
+    Medium,
+    hole_size_of,
+    medium_of,
+    reads_nowait,
+    stores_may_fail,
+    type_of,
+)
 
 
 @pytest.fixture
@@ -87,3 +95,19 @@ def test_the_hole_size_is_the_file_systems_block_size_rounded_up_to_a_power_of_t
     monkeypatch.setattr(os, "fstatvfs", lambda descriptor: Answer)
     assert hole_size_of(descriptor) == hole
     os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("kind", "release", "may"),
+    [
+        ("btrfs", "6.1.0-44-amd64", True),
+        ("btrfs", "6.18.44", False),
+        ("btrfs", "7.0-rc1", False),
+        ("ext4", "6.1.0-44-amd64", False),
+    ],
+)
+def test_which_file_systems_may_refuse_a_store(
+    kind: str, release: str, may: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
+    assert stores_may_fail(kind) is may

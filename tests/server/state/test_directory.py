@@ -262,3 +262,12 @@ def test_a_link_where_the_description_should_be_is_not_followed(tmp_path: Path) 
     (state.path / "state.json").symlink_to(tmp_path / "secret")
     with pytest.raises(OSError, match="symbolic links"):
         state.read()
+
+
+@pytest.mark.parametrize("may", [False, True])
+def test_a_file_system_that_may_end_the_server_is_told(
+    tmp_path: Path, may: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "stores_may_fail", lambda _: may)
+    StateDirectory.open(tmp_path / "state").close()
+    assert (f"{tmp_path / 'state'} is on btrfs: when that is full" in caplog.text) is may
