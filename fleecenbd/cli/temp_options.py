@@ -18,8 +18,9 @@ Temp = Annotated[
         rich_help_panel=TEMPS,
         show_default=False,
         help="What old data is kept in: sparse files, qcow2 files over the disk (kept by a "
-        "qemu-storage-daemon), or an export of an NBD server, for each disk and session one: "
-        "{disk} and {session} in the URI stand for their names. Default: raw.",
+        "qemu-storage-daemon), or an export of an NBD server, larger than the disk by 1 MiB, for "
+        "each disk and session one: {disk} and {session} in the URI stand for their names. "
+        "Default: raw.",
     ),
 ]
 TempDir = Annotated[
